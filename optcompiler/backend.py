@@ -1,0 +1,114 @@
+"""The contract of a backend: which kernels a program becomes, the artifact's code, and running it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from optcompiler.program import Program
+    from optcompiler.target import Target
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target can run fast, for the passes to read.
+
+    `integer_ops` are the ONNX operator types that have an integer kernel when their inputs and
+    output are quantised; `activation_dtype` is the ONNX type name those kernels want ("UINT8",
+    "INT8") and `weight_dtype` that of weights, which are symmetric per output channel when
+    `per_channel`. `fusions` names the kinds of region that the backend turns into one kernel:
+    "contraction", "pointwise", "normalization", "softmax", "attention". `dynamic_shapes` says
+    whether symbolic dimensions survive.
+    """
+
+    precisions: frozenset[str]
+    integer_ops: frozenset[str] = frozenset()
+    activation_dtype: str = "UINT8"
+    weight_dtype: str = "INT8"
+    per_channel: bool = True
+    fusions: frozenset[str] = frozenset()
+    dynamic_shapes: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of generated or library code, as the cost model sees it.
+
+    `kind` is "gemm", "conv", "depthwise", "pointwise", "reduction", "normalization", "softmax",
+    "attention", "pooling", "movement" or "other"; `dtype` the type of the arithmetic ("fp32",
+    "int8", "bf16"). `macs` counts multiply-accumulates, `flops` the pointwise operations beside
+    them, `bytes_moved` activations read and written, `weight_bytes` constants read.
+    `shape` distinguishes kernels of one kind in the table of measured kernels.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    nodes: tuple[str, ...]
+    macs: int = 0
+    flops: int = 0
+    bytes_moved: int = 0
+    weight_bytes: int = 0
+    shape: tuple[int, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def signature(self) -> str:
+        """What two kernels share that take the same time: everything but names."""
+        dims = "x".join(map(str, self.shape))
+        return (
+            f"{self.kind}/{self.dtype}/{dims}/{self.macs}/{self.flops}"
+            f"/{self.bytes_moved}/{self.weight_bytes}"
+        )
+
+
+class Runner(ABC):
+    """A loaded artifact. One runner serves one thread at a time; load twice for two."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Outputs in graph order. `inputs` have been checked: dtypes, shapes, C-contiguous."""
+
+    def kernel_times_us(self, inputs: Mapping[str, np.ndarray]) -> dict[str, float] | None:
+        """Microseconds by kernel name in one profiled run; None where the backend cannot tell."""
+        return None
+
+    def close(self) -> None:
+        """Release what the runner holds. Calling it twice is harmless."""
+
+
+class Backend(ABC):
+    """Turns programs into code. Instances are stateless and cheap; importing one imports no torch."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+
+    @abstractmethod
+    def capabilities(self, target: Target) -> Capabilities:
+        """What `target` supports. Raises `InputError` for an option it does not know."""
+
+    @abstractmethod
+    def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
+        """The kernels that `program` becomes, in execution order."""
+
+    @abstractmethod
+    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+        """Write code and weights into `directory` (exists, empty); return JSON for the manifest.
+
+        Raises `UnsupportedOperatorError` naming operator and node, or `ToolchainError`. The bytes
+        written depend on the program, the target and the versions of the tools alone.
+        """
+
+    @abstractmethod
+    def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
+        """Open what `lower` wrote; `info` is what it returned. Needs neither torch nor a compiler."""
+
+    def versions(self) -> Mapping[str, str]:
+        """Tools whose version can change the artifact or its speed."""
+        return {}

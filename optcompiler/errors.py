@@ -1,0 +1,58 @@
+"""The one family of exceptions; each class carries the exit code of the command line.
+
+A message is one sentence of cause, with the offending value and the node or file, and one of
+remedy.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OptcompilerError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code: ClassVar[int] = 70
+
+
+class GateError(OptcompilerError):
+    """A gate failed: accuracy, budget or verification."""
+
+    exit_code = 1
+
+
+class VerificationError(GateError):
+    """A program is not valid, changed its interface, or computes something else than declared."""
+
+
+class InputError(OptcompilerError):
+    """Bad usage or bad input: a file, an option, example inputs or calibration data."""
+
+    exit_code = 2
+
+
+class UnsupportedOperatorError(OptcompilerError):
+    """An operator that a backend or the FX executor has no meaning for."""
+
+    exit_code = 3
+
+
+class ToolchainError(OptcompilerError):
+    """A compiler or another tool that a backend needs is missing or failed."""
+
+    exit_code = 4
+
+
+class PluginError(OptcompilerError):
+    """A plugin failed to load, clashed with another, or broke the contract of a hook."""
+
+    exit_code = 5
+
+
+class Declined(OptcompilerError):
+    """Raised by a rewrite that finds, on the program in front of it, that it does not apply.
+
+    The driver turns it into a ledger row; it is the only exception that the driver treats so.
+    """
+
+    exit_code = 70

@@ -1,0 +1,168 @@
+"""What the compiler knows of an operator: its meaning in torch, its cost, how its channels couple."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from optcompiler.errors import PluginError, UnsupportedOperatorError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Work:
+    """Cost of one node, counted from its shapes.
+
+    `macs`: multiply-accumulates of a contraction. `flops`: other arithmetic, an exponential or a
+    division counted by its rough weight. `bytes_read` / `bytes_written`: activations;
+    `weight_bytes`: constants read.
+    """
+
+    macs: int = 0
+    flops: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of one value."""
+
+    value: ir.Value
+    axis: int
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Channels of `source` and `target` that live and die together.
+
+    Channel `c` of `source` (for `source_offset` <= c < `source_offset` + `count`) is tied to the
+    `repeat` consecutive channels of `target` that start at
+    `target_offset + (c - source_offset) * repeat`. Add couples one to one; Concat uses offsets;
+    Flatten of [N, C, H, W] has `repeat = H * W`. `count` -1 means all.
+    """
+
+    source: Axis
+    target: Axis
+    repeat: int = 1
+    source_offset: int = 0
+    target_offset: int = 0
+    count: int = -1
+
+
+@dataclass(frozen=True)
+class Channels:
+    """How a node's axes couple.
+
+    `couplings` tie axes of inputs and outputs. `produced` are axes of weights (or of the output)
+    whose channels this node creates freely (Conv weight axis 0 with its output axis 1 coupled);
+    `reduced` are axes summed over (Conv weight axis 1, coupled to its input's axis 1). An axis of
+    an input or output that appears in none of the couplings is *pinned*: it cannot shrink.
+    `groups` is the group count of a grouped contraction: channels must leave in whole groups or
+    evenly from each.
+    """
+
+    couplings: tuple[Coupling, ...] = ()
+    produced: tuple[Axis, ...] = ()
+    reduced: tuple[Axis, ...] = ()
+    groups: int = 1
+
+
+TorchMeaning = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
+CostRule = Callable[[ir.Node], Work]
+ChannelRule = Callable[[ir.Node], "Channels | None"]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operator, declared once.
+
+    `torch` is called as `torch(*inputs, **attributes)`: absent optional inputs are None, every
+    attribute of the operator's schema is given (defaults filled in), and it returns the output or a
+    tuple of outputs. It must be traceable by torch.fx (it becomes a `call_function`) and
+    differentiable where the mathematics is. Meaning: the ONNX operator specification.
+    `since` is the first opset whose semantics it follows.
+    """
+
+    op_type: str
+    torch: TorchMeaning
+    cost: CostRule
+    channels: ChannelRule | None = None
+    domain: str = ""
+    since: int = 1
+    pointwise: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return (self.domain, self.op_type)
+
+
+class OpTable:
+    """Operators by domain and type; one table per compiler, filled by the `optcompiler_ops` hook."""
+
+    def __init__(self, specs: Iterable[OpSpec]) -> None:
+        self._specs: dict[tuple[str, str], OpSpec] = {}
+        for spec in specs:
+            if spec.key in self._specs:
+                raise PluginError(f"operator {spec.domain}::{spec.op_type} is declared twice.")
+            self._specs[spec.key] = spec
+
+    def get(self, node: ir.Node) -> OpSpec | None:
+        return self._specs.get((node.domain, node.op_type))
+
+    def require(self, node: ir.Node) -> OpSpec:
+        """The operator's declaration; raises `UnsupportedOperatorError` naming operator and node."""
+        spec = self.get(node)
+        if spec is None:
+            raise UnsupportedOperatorError(
+                f"operator {node.domain or 'ai.onnx'}::{node.op_type} of node {node.name!r} "
+                f"has no declaration; add one through the optcompiler_ops hook."
+            )
+        return spec
+
+    def __iter__(self) -> Iterator[OpSpec]:
+        return iter(self._specs.values())
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+def attributes_of(node: ir.Node) -> Mapping[str, Any]:
+    """The node's attributes as plain Python values, the schema's defaults filled in."""
+    import onnx
+
+    values: dict[str, Any] = {}
+    if node.domain == "":
+        version = node.version or (node.graph.opset_imports.get("") if node.graph else None)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, version or onnx.defs.onnx_opset_version(), "")
+        except onnx.defs.SchemaError:
+            schema = None
+        if schema is not None:
+            for name, attribute in schema.attributes.items():
+                default = attribute.default_value
+                values[name] = (
+                    onnx.helper.get_attribute_value(default) if default.type else None
+                )
+    for name, attribute in node.attributes.items():
+        values[name] = attribute.value
+    return {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+
+
+def tensor_bytes(values: Sequence[ir.Value | None]) -> int:
+    """Bytes of the given values; a symbolic dimension counts as 1."""
+    total = 0
+    for value in values:
+        if value is None or value.shape is None or value.dtype is None:
+            continue
+        count = 1
+        for dim in value.shape:
+            count *= dim if isinstance(dim, int) else 1
+        total += int(count * value.dtype.itemsize)
+    return total

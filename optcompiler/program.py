@@ -1,0 +1,419 @@
+"""Program: a valid ONNX model in memory, and the questions everything else asks of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common as ir_passes
+
+from optcompiler.errors import InputError, VerificationError
+
+if TYPE_CHECKING:
+    import networkx as nx
+    import torch
+
+FUSED_DOMAIN = "optcompiler.fused"
+"""Domain of the model-local functions that stand for fused regions."""
+
+PASS_KEY = "optcompiler.pass"
+"""Metadata key of a node: the pass that made it."""
+
+SOURCE_KEY = "optcompiler.source"
+"""Metadata key of a node: the module path it was traced from."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a program: `shape` holds ints and names of symbolic dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def static(self) -> bool:
+        return all(isinstance(d, int) for d in self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype.lower()}[{', '.join(map(str, self.shape))}]"
+
+
+class Program:
+    """A valid ONNX model with static types, unique names and no overlapping edits.
+
+    Storage is `model`, an `onnx_ir.Model`; nothing is kept beside it, so any onnx_ir tool works on
+    it. Every node and value has a unique name; names of surviving nodes and values do not change
+    from pass to pass, which is what makes sites stable. Weights are shared between clones and stay
+    memory-mapped when they were loaded from external data.
+    """
+
+    __slots__ = ("model",)
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+
+    # -- in and out -------------------------------------------------------------------------
+
+    @classmethod
+    def from_onnx(cls, source: str | Path | onnx.ModelProto | ir.Model) -> Program:
+        """Take an ONNX model as it is and make it a verified program.
+
+        Constants become initializers, every node gets a name, and shapes are inferred strictly.
+        The argument is not changed. Raises `InputError` for a file that cannot be read and
+        `VerificationError` for a model that is not valid ONNX.
+        """
+        from optcompiler.importing import program_from_onnx
+
+        return program_from_onnx(source)
+
+    @classmethod
+    def from_text(cls, text: str) -> Program:
+        """Read ONNX's textual syntax (`onnx.parser`), verify, and infer shapes."""
+        try:
+            model = ir.from_onnx_text(text)
+        except Exception as error:
+            raise InputError(f"not ONNX text: {error}") from error
+        return cls.from_onnx(model)
+
+    def to_text(self) -> str:
+        """The program in ONNX's textual syntax; `from_text` reads it back."""
+        return ir.to_onnx_text(self.model)
+
+    def to_proto(self) -> onnx.ModelProto:
+        """A self-contained protobuf (copies the weights)."""
+        return ir.to_proto(self.model)
+
+    def save(self, path: str | Path) -> None:
+        """Write an .onnx file; weights above 1 KiB go to `<name>.data` beside it when over 1 GiB."""
+        path = Path(path)
+        size = sum(t.nbytes for t in self.weights().values())
+        external = f"{path.name}.data" if size > 1 << 30 else None
+        ir.save(self.model, path, external_data=external)
+
+    def to_torch(self, ops: Any = None) -> torch.fx.GraphModule:
+        """A differentiable `torch.fx.GraphModule` computing this program; see `executor`."""
+        from optcompiler.executor import to_torch
+
+        return to_torch(self, ops)
+
+    def refit(self, module: torch.fx.GraphModule) -> Program:
+        """A program with the weights that `module`, made by `to_torch`, holds now."""
+        from optcompiler.executor import refit
+
+        return refit(self, module)
+
+    def clone(self) -> Program:
+        """An independent copy in time proportional to the nodes; weights are shared."""
+        return Program(self.model.clone())
+
+    def inlined(self) -> Program:
+        """A copy in which every model-local function is expanded."""
+        copy = self.clone()
+        ir_passes.InlinePass()(copy.model)
+        ir_passes.NameFixPass()(copy.model)
+        return copy
+
+    # -- looking ----------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.model.graph
+
+    @property
+    def functions(self) -> dict[tuple[str, str, str], ir.Function]:
+        return self.model.functions
+
+    @property
+    def opset(self) -> int:
+        return self.graph.opset_imports[""]
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return tuple(port(v) for v in self.graph.inputs)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        return tuple(port(v) for v in self.graph.outputs)
+
+    def node(self, name: str) -> ir.Node | None:
+        """The node of the main graph with this name, or None."""
+        return next((n for n in self.graph if n.name == name), None)
+
+    def value(self, name: str) -> ir.Value | None:
+        """The value of the main graph with this name, or None."""
+        for v in (*self.graph.inputs, *self.graph.initializers.values()):
+            if v.name == name:
+                return v
+        return next((v for n in self.graph for v in n.outputs if v.name == name), None)
+
+    def weights(self) -> dict[str, ir.TensorProtocol]:
+        """Initializers of the main graph by name."""
+        return {
+            name: v.const_value
+            for name, v in self.graph.initializers.items()
+            if v.const_value is not None
+        }
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(t.nbytes for t in self.weights().values())
+
+    def all_nodes(self) -> Iterator[ir.Node]:
+        """Nodes of the main graph, its subgraphs and every function body."""
+        yield from self.graph.all_nodes()
+        for function in self.functions.values():
+            yield from function.all_nodes()
+
+    def network(self) -> nx.DiGraph:
+        """A `networkx` view of the main graph: node names, edges carrying the value's name.
+
+        Graph inputs, initializers and outputs are nodes too, as `("input", name)`,
+        `("weight", name)` and `("output", name)`. Made anew at each call; not a store.
+        """
+        import networkx as nx
+
+        view = nx.DiGraph()
+        made: dict[ir.Value, Any] = {v: ("input", v.name) for v in self.graph.inputs}
+        made |= {v: ("weight", v.name) for v in self.graph.initializers.values()}
+        view.add_nodes_from(made.values())
+        for node in self.graph:
+            view.add_node(node.name, op_type=node.op_type, domain=node.domain)
+            made |= dict.fromkeys(node.outputs, node.name)
+        for node in self.graph:
+            for value in dict.fromkeys(consumed(node)):
+                if value in made:
+                    view.add_edge(made[value], node.name, value=value.name)
+        for v in self.graph.outputs:
+            view.add_edge(made[v], ("output", v.name), value=v.name)
+        return view
+
+    # -- identity ---------------------------------------------------------------------------
+
+    def content_hash(self) -> str:
+        """SHA-256 over the structure and the bytes of every weight; provenance does not count."""
+        digest = hashlib.sha256()
+        for line in self._structure():
+            digest.update(line.encode())
+            digest.update(b"\n")
+        for name, tensor in sorted(self.weights().items()):
+            digest.update(f"{name}:{tensor_hash(tensor)}\n".encode())
+        return digest.hexdigest()
+
+    def _structure(self) -> Iterator[str]:
+        yield f"opset {sorted(self.graph.opset_imports.items())}"
+        yield from (f"in {p}" for p in self.inputs)
+        yield from (f"out {p}" for p in self.outputs)
+        for node in self.graph:
+            yield node_fingerprint(node)
+        for key, function in sorted(self.functions.items()):
+            yield f"function {key} {[v.name for v in function.inputs]}"
+            for node in function:
+                yield node_fingerprint(node)
+            yield f"returns {[v.name for v in function.outputs]}"
+
+    def changes_since(
+        self, before: Program
+    ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """Names of (nodes new or changed, nodes gone, initializers new or changed)."""
+        old = {n.name: node_fingerprint(n) for n in before.graph}
+        new = {n.name: node_fingerprint(n) for n in self.graph}
+        added = tuple(str(k) for k, v in new.items() if old.get(k) != v)
+        removed = tuple(str(k) for k in old if k not in new)
+        weights = before.weights()
+        changed = tuple(k for k, t in self.weights().items() if weights.get(k) is not t)
+        return added, removed, changed
+
+    def stamp(self, names: Iterable[str], pass_name: str) -> None:
+        """Record `pass_name` as the maker of the named nodes that have no maker yet."""
+        wanted = set(names)
+        for node in self.graph:
+            if node.name in wanted and PASS_KEY not in node.metadata_props:
+                node.metadata_props[PASS_KEY] = pass_name
+
+    # -- editing helpers --------------------------------------------------------------------
+
+    def add_weight(self, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
+        """Register an initializer under a fresh name beginning with `name`; return its value."""
+        tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+        fresh = self.fresh_name(name)
+        tensor.name = fresh
+        value = ir.val(fresh, dtype=tensor.dtype, shape=tensor.shape, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def set_weight(self, value: ir.Value, array: np.ndarray) -> None:
+        """Give an initializer new contents (and type and shape) under its own name."""
+        tensor = ir.tensor(array, name=value.name)
+        value.const_value = tensor
+        value.dtype = tensor.dtype
+        value.shape = ir.Shape(tensor.shape)
+
+    def fresh_name(self, stem: str) -> str:
+        """`stem`, or `stem_1`, `stem_2`, … : a name that no node or value of the graph has."""
+        taken = {v.name for v in self.graph.inputs} | set(self.graph.initializers)
+        for node in self.graph:
+            taken.add(node.name)
+            taken.update(v.name for v in node.outputs)
+        if stem not in taken:
+            return stem
+        return next(f"{stem}_{i}" for i in range(1, 1 << 30) if f"{stem}_{i}" not in taken)
+
+    def sweep(self) -> None:
+        """Remove nodes, initializers and functions that nothing uses."""
+        ir_passes.RemoveUnusedNodesPass()(self.model)
+        ir_passes.RemoveUnusedFunctionsPass()(self.model)
+
+    def infer_shapes(self) -> None:
+        """Forget the types of intermediate values and infer them again, strictly."""
+        for node in self.graph:
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape = None
+        try:
+            proto = _stub_proto(self.model)
+            inferred = onnx.shape_inference.infer_shapes(
+                proto, check_type=True, strict_mode=True, data_prop=True
+            )
+        except Exception as error:
+            raise VerificationError(f"shape inference failed: {_one_line(error)}") from error
+        known = {v.name: v for v in (*inferred.graph.value_info, *inferred.graph.output)}
+        for node in self.graph:
+            for value in node.outputs:
+                info = known.get(value.name or "")
+                if info is None:
+                    continue
+                type_ = ir.serde.deserialize_type_proto_for_type(info.type)
+                if type_ is not None:
+                    value.type = type_
+                shape = ir.serde.deserialize_type_proto_for_shape(info.type)
+                if shape is not None and not value.is_graph_output():
+                    value.shape = shape
+
+    # -- verification -----------------------------------------------------------------------
+
+    def verify(self, like: Program | None = None) -> None:
+        """Check names, `onnx.checker` (full: with strict shape inference) and the interface.
+
+        Raises `VerificationError` naming what is wrong. With `like`, inputs and outputs must be the
+        same as that program's. Weights are not copied.
+        """
+        names = [n.name for n in self.graph]
+        if len(set(names)) != len(names) or None in names or "" in names:
+            raise VerificationError("nodes without a name, or two with the same name.")
+        try:
+            onnx.checker.check_model(_stub_proto(self.model), full_check=True)
+        except Exception as error:
+            raise VerificationError(f"not valid ONNX: {_one_line(error)}") from error
+        if like is not None and (self.inputs, self.outputs) != (like.inputs, like.outputs):
+            raise VerificationError(
+                f"the interface changed: was {_ports(like)}, is now {_ports(self)}."
+            )
+
+    def __repr__(self) -> str:
+        return f"Program({_ports(self)}, {len(self.graph)} nodes, {self.weight_bytes} weight bytes)"
+
+
+def port(value: ir.Value) -> Port:
+    """The name, ONNX type name and shape of a value; an unnamed dynamic dimension reads "?"."""
+    dtype = value.dtype.name if value.dtype is not None else "UNDEFINED"
+    return Port(value.name or "", dtype, shape_of(value))
+
+
+def shape_of(value: ir.Value) -> tuple[int | str, ...]:
+    """The shape with ints, and names (or "?") for symbolic dimensions; () when unknown or scalar."""
+    if value.shape is None:
+        return ()
+    return tuple(
+        d if isinstance(d, int) else str(d.value) if d.value is not None else "?"
+        for d in value.shape
+    )
+
+
+def static_shape(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape when every dimension is known, else None."""
+    if value.shape is None or not value.shape.is_static():
+        return None
+    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The contents of an initializer, or None when `value` is not one."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def consumed(node: ir.Node) -> Iterator[ir.Value]:
+    """Values that a node reads, those its subgraphs capture included."""
+    yield from (v for v in node.inputs if v is not None)
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs: list[ir.Graph] = [attribute.as_graph()]
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs = list(attribute.as_graphs())
+        else:
+            continue
+        for graph in graphs:
+            inner = set(graph.inputs) | set(graph.initializers.values())
+            for child in graph.all_nodes():
+                inner.update(child.outputs)
+            for child in graph.all_nodes():
+                yield from (v for v in child.inputs if v is not None and v not in inner)
+
+
+def node_fingerprint(node: ir.Node) -> str:
+    """Operator, operands and attributes of a node as one line."""
+    attributes = ";".join(
+        f"{k}={_attribute_text(a)}" for k, a in sorted(node.attributes.items())
+    )
+    operands = ",".join("" if v is None else str(v.name) for v in node.inputs)
+    results = ",".join(str(v.name) for v in node.outputs)
+    return f"{node.name}: {results} = {node.domain}::{node.op_type}:{node.overload}({operands}) {attributes}"
+
+
+def _attribute_text(attribute: ir.Attr) -> str:
+    if attribute.is_ref():
+        return f"@{attribute.ref_attr_name}"
+    if attribute.type == ir.AttributeType.TENSOR:
+        return tensor_hash(attribute.as_tensor())
+    if attribute.type == ir.AttributeType.GRAPH:
+        return "{" + "|".join(node_fingerprint(n) for n in attribute.as_graph()) + "}"
+    return repr(attribute.value)
+
+
+def tensor_hash(tensor: ir.TensorProtocol) -> str:
+    """SHA-256 over type, shape and bytes; kept on the tensor's metadata after the first call."""
+    known = tensor.meta.get("optcompiler.sha256")
+    if known is None:
+        digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(
+            "\0".join(map(str, tensor.numpy().flat)).encode()
+            if tensor.dtype == ir.DataType.STRING
+            else tensor.tobytes()
+        )
+        known = tensor.meta["optcompiler.sha256"] = digest.hexdigest()
+    return known
+
+
+def _stub_proto(model: ir.Model) -> onnx.ModelProto:
+    """A protobuf in which large initializers are inputs, so that checking copies no weights."""
+    from onnx_ir.passes.common._c_api_utils import call_onnx_api
+
+    return call_onnx_api(lambda proto: proto, model)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _ports(program: Program) -> str:
+    ins = ", ".join(map(str, program.inputs))
+    outs = ", ".join(map(str, program.outputs))
+    return f"({ins}) -> ({outs})"

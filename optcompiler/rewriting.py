@@ -1,0 +1,175 @@
+"""The contract of a pass: it proposes candidates, the planner chooses, the core applies.
+
+A pass author subclasses `Pass` as a frozen dataclass, yields `Candidate`s and `Decline`s from
+`propose`, and writes each candidate's `rewrite` as a plain function that edits the program it is
+handed. That program is always a private copy, so a rewrite needs no undo: the core diffs the copy
+against the original into a `Patch`, verifies it, and throws it away when it does not hold.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from optcompiler.errors import Declined, PluginError
+from optcompiler.program import Program
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from optcompiler.backend import Capabilities, Kernel
+    from optcompiler.ops import OpTable
+    from optcompiler.target import Target
+
+__all__ = [
+    "Candidate", "Decline", "Declined", "Pass", "PassContext", "Patch", "Progress", "Stage",
+    "apply_candidate",
+]  # fmt: skip
+
+
+class Stage(enum.IntEnum):
+    """Where in a compile a pass's candidates are pooled. Passes of one stage are planned together."""
+
+    CLEAN = 10
+    """Exact and always right: constant folding, dead code, batch-norm folding, dead channels."""
+    REDUCE = 20
+    """Fewer channels, layers or ranks: shapes change, the function changes a little."""
+    QUANTIZE = 30
+    """Lower precision for tensors that keep their shapes."""
+    TUNE = 40
+    """Recover: adjusts values to bring the student back to the teacher; changes no structure."""
+    FUSE = 50
+    """Exact grouping for code generation; the last thing before a backend."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One rewrite that a pass offers.
+
+    `site` names what is rewritten (a node, a value, a channel group, or "program") and `choice`
+    what is done there; with the pass's name they are the candidate's identity, stable from run to
+    run. Candidates of a pass at the same site are alternatives: the planner takes at most one.
+    `nodes` are the names of the nodes that the site covers.
+
+    `exact` says that the rewrite keeps the function: then the core checks its outputs against the
+    original within `rtol` of the largest output. Otherwise the core measures its damage.
+
+    `rewrite` edits the private copy it is given. It looks its site up by name, because other
+    candidates may have been applied before it, and raises `Declined` when the site is gone.
+    """
+
+    site: str
+    choice: str
+    rewrite: Callable[[Program], None]
+    exact: bool
+    nodes: tuple[str, ...] = ()
+    rtol: float = 1e-4
+    note: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A site that the pass looked at and left alone, with the reason."""
+
+    site: str
+    reason: str
+    nodes: tuple[str, ...] = ()
+
+
+class Progress(Protocol):
+    """Where a long step reports: shows a bar with an ETA on a terminal, and nothing otherwise."""
+
+    def track(self, items: Sequence[Any], description: str) -> Iterator[Any]: ...
+    def note(self, message: str) -> None: ...
+
+
+Batch = Mapping[str, "np.ndarray"]
+"""Inputs by name, each with the batch dimension first."""
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may ask while it proposes.
+
+    `teacher` is the program as imported. `calibration` holds batches by input name (empty when
+    none were given; a pass that needs them declines). `holdout` is a part of the calibration data
+    kept apart for judging; it is empty when there is too little data. `precisions` are those the
+    user allows *and* the target has. `price_us` predicts the latency of a program on the target;
+    `kernels` says which kernels it becomes.
+    """
+
+    target: Target
+    capabilities: Capabilities
+    precisions: frozenset[str]
+    teacher: Program
+    calibration: Sequence[Batch]
+    holdout: Sequence[Batch]
+    ops: OpTable
+    seed: int
+    progress: Progress
+    kernels: Callable[[Program], Sequence[Kernel]]
+    price_us: Callable[[Program], float]
+
+
+class Pass(ABC):
+    """A source of candidates. Subclasses are frozen dataclasses whose fields are their options."""
+
+    name: ClassVar[str]
+    """How the command line and the ledger call it: `insert-qdq` for `InsertQdq`."""
+    stage: ClassVar[Stage]
+    summary: ClassVar[str] = ""
+    default: ClassVar[bool] = True
+    """Whether the default pipeline holds it."""
+
+    @abstractmethod
+    def propose(self, program: Program, context: PassContext) -> Iterable[Candidate | Decline]:
+        """Yield what could be done to `program`, and what was looked at and left, with reasons.
+
+        `program` must not be changed here.
+        """
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain values, for the ledger and the manifest."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A labelled rewrite of one program into another, to be priced, verified, kept or dropped."""
+
+    label: str
+    before: Program
+    after: Program
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed_weights: tuple[str, ...]
+
+    @property
+    def empty(self) -> bool:
+        return not (self.added or self.removed or self.changed_weights)
+
+
+def apply_candidate(pass_name: str, candidate: Candidate, program: Program) -> Patch:
+    """Run `candidate.rewrite` on a copy of `program` and describe what it changed.
+
+    Nodes that the rewrite adds are stamped with `pass_name` as their provenance. Raises `Declined`
+    when the rewrite does, and `PluginError` naming the pass for anything else it raises.
+    """
+    label = f"{pass_name}[{candidate.site}={candidate.choice}]"
+    copy = program.clone()
+    try:
+        candidate.rewrite(copy)
+    except Declined:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{label}: the rewrite raised {type(error).__name__}: {error}; "
+            f"report it to the author of the pass, or leave the pass out."
+        ) from error
+    added, removed, changed = copy.changes_since(program)
+    copy.stamp(added, pass_name)
+    return Patch(label, program, copy, added, removed, changed)

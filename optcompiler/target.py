@@ -1,0 +1,66 @@
+"""What to compile for: a backend, the number of threads and the backend's own options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from optcompiler.errors import InputError
+
+
+class Target:
+    """A backend with its options; immutable and hashable.
+
+    `threads` is how many CPU threads the artifact runs with (None: every core this process may
+    use). Any further keyword is an option of the backend (`isa="avx512_vnni"`), whose names and
+    values the backend checks.
+    """
+
+    __slots__ = ("backend", "options", "threads")
+
+    backend: str
+    threads: int
+    options: Mapping[str, str]
+
+    def __init__(self, backend: str, *, threads: int | None = None, **options: Any) -> None:
+        if threads is None:
+            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        if threads < 1:
+            raise InputError(f"target {backend}: threads={threads}; give 1 or more.")
+        object.__setattr__(self, "backend", backend)
+        object.__setattr__(self, "threads", threads)
+        object.__setattr__(self, "options", {k: str(v) for k, v in sorted(options.items())})
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Target is immutable; make a new one to change {name}.")
+
+    @classmethod
+    def parse(cls, text: str | Target) -> Target:
+        """Read `"cpu"` or `"cpu:threads=2,isa=avx2"`."""
+        if isinstance(text, Target):
+            return text
+        backend, _, rest = text.partition(":")
+        options: dict[str, str] = {}
+        for item in filter(None, rest.split(",")):
+            key, sep, value = item.partition("=")
+            if not sep or not key.isidentifier():
+                raise InputError(f"target {text!r}: {item!r} is not key=value.")
+            options[key] = value
+        threads = options.pop("threads", None)
+        if threads is not None and not threads.isdigit():
+            raise InputError(f"target {text!r}: threads={threads!r} is not a whole number.")
+        return cls(backend, threads=int(threads) if threads else None, **options)
+
+    def __str__(self) -> str:
+        items = [f"threads={self.threads}", *(f"{k}={v}" for k, v in self.options.items())]
+        return f"{self.backend}:{','.join(items)}"
+
+    def __repr__(self) -> str:
+        return f"Target({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Target) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
