@@ -1,0 +1,85 @@
+"""The ledger: one row for every candidate, taken or not, with what it was expected and seen to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+TAKEN = "taken"
+DECLINED = "declined"
+REJECTED = "rejected"
+ROLLED_BACK = "rolled back"
+REVERTED = "reverted"
+
+OUTCOMES = (TAKEN, DECLINED, REJECTED, ROLLED_BACK, REVERTED)
+"""`taken`: in the artifact. `declined`: the pass saw no way. `rejected`: the planner left it out.
+`rolled back`: verification failed. `reverted`: taken, then undone because it measured slower or
+the budget was overrun."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate's record.
+
+    `saving_us` is the predicted latency saved on the target, `damage` the loss of agreement with
+    the teacher that this candidate alone causes (None where it was exact or not measured).
+    """
+
+    pass_name: str
+    site: str
+    choice: str
+    outcome: str
+    reason: str
+    exact: bool = True
+    saving_us: float | None = None
+    damage: float | None = None
+    nodes: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return (self.pass_name, self.site, self.choice)
+
+
+class Ledger:
+    """Rows in the order in which they were decided; a later decision replaces the row's outcome."""
+
+    def __init__(self, rows: list[Row] | None = None) -> None:
+        self._rows: list[Row] = list(rows or [])
+
+    def add(self, row: Row) -> None:
+        self._rows.append(row)
+
+    def revise(self, key: tuple[str, str, str], outcome: str, reason: str) -> None:
+        """Change the outcome of the latest row with this key."""
+        for i in range(len(self._rows) - 1, -1, -1):
+            if self._rows[i].key == key:
+                self._rows[i] = replace(self._rows[i], outcome=outcome, reason=reason)
+                return
+        raise KeyError(key)
+
+    def about(self, node: str) -> list[Row]:
+        """Rows whose site is, or covers, the named node."""
+        return [r for r in self._rows if r.site == node or node in r.nodes]
+
+    def with_outcome(self, outcome: str) -> list[Row]:
+        return [r for r in self._rows if r.outcome == outcome]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._rows[index]
+
+    def to_json(self) -> str:
+        return json.dumps([asdict(r) for r in self._rows], indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Ledger:
+        rows = json.loads(text)
+        return cls([Row(**{**r, "nodes": tuple(r["nodes"])}) for r in rows])
