@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import numpy as np
 
+    from optcompiler.cost import DeviceProfile
     from optcompiler.program import Program
     from optcompiler.target import Target
 
@@ -75,6 +76,9 @@ class Runner(ABC):
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Outputs in graph order. `inputs` have been checked: dtypes, shapes, C-contiguous."""
 
+    timed: bool = True
+    """False where the time of a run says nothing about the target, as under an interpreter."""
+
     def kernel_times_us(self, inputs: Mapping[str, np.ndarray]) -> dict[str, float] | None:
         """Microseconds by kernel name in one profiled run; None where the backend cannot tell."""
         return None
@@ -108,6 +112,10 @@ class Backend(ABC):
     @abstractmethod
     def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
         """Open what `lower` wrote; `info` is what it returned. Needs neither torch nor a compiler."""
+
+    def nominal_profile(self, target: Target) -> DeviceProfile | None:
+        """The device by its data sheet, for predicting where it cannot be measured; None if unknown."""
+        return None
 
     def versions(self) -> Mapping[str, str]:
         """Tools whose version can change the artifact or its speed."""

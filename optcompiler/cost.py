@@ -1,73 +1,91 @@
 """Pricing kernels: a table of measured kernels over an analytical formula fitted on the device.
 
-The formula (a roofline with a fitted rate per kind and type)::
+The formula is a roofline with fitted rates::
 
-    t = launch + max(macs / mac_rate[kind, dtype] + flops / flop_rate, bytes / bandwidth(bytes))
+    t = launch + max(macs / mac_rate(kind, dtype, macs) + flops / flop_rate(kind, dtype, flops),
+                     bytes / bandwidth(bytes))
 
-`launch` is the cost of reaching a kernel that does nothing, `mac_rate` the multiply-accumulates per
-second that kernels of this kind and type reach on the device, `flop_rate` pointwise operations per
-second, and `bandwidth` the rate at which a working set of that size streams (stepwise by cache
-level). All come from the `DeviceProfile` that `device.measure` fits on the machine by running probe
-programs through the backend itself; measure again when the processor, the number of threads or a
-version named in the profile changes. A kernel found in `DeviceProfile.measured` is priced by what
-it took.
+`launch` is what one more kernel costs when it does nothing; `mac_rate` the multiply-accumulates per
+second that kernels of this kind and type reach at this size, `flop_rate` the pointwise operations
+per second, `bandwidth` the bytes per second at which a working set of this size streams. Each rate
+is a curve through measured (size, rate) points, interpolated on logarithmic axes and flat beyond
+its ends: small kernels reach less than large ones. All points come from the `DeviceProfile` that
+`device.measure` fits on the machine by running probe programs through the backend itself; measure
+again when the processor, the number of threads or a version named in the profile changes. A kernel
+found in `DeviceProfile.measured` is priced by what it took.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from optcompiler.backend import Kernel
+
+Curve = tuple[tuple[float, float], ...]
+"""(size, rate) points by rising size."""
+
+
+def at(curve: Curve, size: float) -> float:
+    """The rate at `size`: log-log interpolation, constant outside the measured range."""
+    if size <= curve[0][0]:
+        return curve[0][1]
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+        if size <= x1:
+            t = (math.log(size) - math.log(x0)) / (math.log(x1) - math.log(x0))
+            return math.exp(math.log(y0) + t * (math.log(y1) - math.log(y0)))
+    return curve[-1][1]
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
     """What one backend reaches on one machine with one number of threads.
 
-    `mac_rate`: multiply-accumulates per second by "kind/dtype" ("conv/int8"). `flop_rate`:
-    pointwise operations per second by dtype. `bandwidth`: (bytes of working set, bytes per second)
-    by rising size. `launch_us`: microseconds per kernel; `overhead_us`: per call of the whole
-    program. `measured`: microseconds by `Kernel.signature`.
+    `mac_rate`: multiply-accumulates per second by "kind/dtype" ("conv/int8"), `flop_rate`:
+    pointwise operations per second by "kind/dtype", `bandwidth`: bytes per second by working set
+    in bytes. `launch_us`: microseconds per kernel; `overhead_us`: per call of a whole program.
+    `measured`: microseconds by `Kernel.signature`. `estimated`: from a data sheet, not measured.
     """
 
     name: str
     backend: str
     threads: int
-    mac_rate: dict[str, float]
-    flop_rate: dict[str, float]
-    bandwidth: tuple[tuple[int, float], ...]
+    mac_rate: Mapping[str, Curve]
+    flop_rate: Mapping[str, Curve]
+    bandwidth: Curve
     launch_us: float
     overhead_us: float
-    measured: dict[str, float] = field(default_factory=dict[str, float])
-    versions: dict[str, str] = field(default_factory=dict[str, str])
+    measured: Mapping[str, float] = field(default_factory=dict[str, float])
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
     estimated: bool = False
 
-    def bandwidth_for(self, working_set: int) -> float:
-        for size, rate in self.bandwidth:
-            if working_set <= size:
-                return rate
-        return self.bandwidth[-1][1]
-
-    def rate(self, kind: str, dtype: str) -> float:
-        """Multiply-accumulates per second; a kind never measured takes the dtype's median."""
-        exact = self.mac_rate.get(f"{kind}/{dtype}")
-        if exact is not None:
-            return exact
-        same = sorted(v for k, v in self.mac_rate.items() if k.endswith(f"/{dtype}"))
-        if not same:
-            same = sorted(v for k, v in self.mac_rate.items() if k.endswith("/fp32"))
-        return same[len(same) // 2]
+    def with_measured(self, times_us: Mapping[str, float]) -> DeviceProfile:
+        """A profile whose table also holds these kernels, microseconds by signature."""
+        return replace(self, measured={**self.measured, **times_us})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> DeviceProfile:
-        pairs = tuple((int(a), float(b)) for a, b in data["bandwidth"])
-        return cls(**{**data, "bandwidth": pairs})
+        def curve(points: Any) -> Curve:
+            return tuple((float(a), float(b)) for a, b in points)
+
+        rates = {k: {n: curve(c) for n, c in data[k].items()} for k in ("mac_rate", "flop_rate")}
+        return cls(**{**data, **rates, "bandwidth": curve(data["bandwidth"])})
+
+
+def rate_curve(rates: Mapping[str, Curve], kind: str, dtype: str) -> Curve:
+    """The curve of "kind/dtype"; one never measured takes the same kind in fp32, then "gemm" or
+    "pointwise" in its own type, then any curve at all."""
+    for key in (f"{kind}/{dtype}", f"gemm/{dtype}", f"{kind}/fp32", f"pointwise/{dtype}",
+                "pointwise/fp32"):  # fmt: skip
+        if key in rates:
+            return rates[key]
+    return next(iter(rates.values()))
 
 
 class CostModel(ABC):
@@ -95,10 +113,14 @@ class RooflineCostModel(CostModel):
             return known
         seconds = 0.0
         if kernel.macs:
-            seconds += kernel.macs / profile.rate(kernel.kind, kernel.dtype)
+            seconds += kernel.macs / at(
+                rate_curve(profile.mac_rate, kernel.kind, kernel.dtype), kernel.macs
+            )
         if kernel.flops:
-            rates = profile.flop_rate
-            seconds += kernel.flops / rates.get(kernel.dtype, rates["fp32"])
+            seconds += kernel.flops / at(
+                rate_curve(profile.flop_rate, kernel.kind, kernel.dtype), kernel.flops
+            )
         moved = kernel.bytes_moved + kernel.weight_bytes
-        seconds = max(seconds, moved / profile.bandwidth_for(moved))
+        if moved:
+            seconds = max(seconds, moved / at(profile.bandwidth, moved))
         return profile.launch_us + 1e6 * seconds

@@ -125,6 +125,9 @@ class Pass(ABC):
     default: ClassVar[bool] = True
     """Whether the default pipeline holds it."""
 
+    after: ClassVar[tuple[str, ...]] = ()
+    """Passes of the same stage that run before this one when both are in the pipeline."""
+
     @abstractmethod
     def propose(self, program: Program, context: PassContext) -> Iterable[Candidate | Decline]:
         """Yield what could be done to `program`, and what was looked at and left, with reasons.

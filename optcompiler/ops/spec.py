@@ -88,6 +88,13 @@ class OpSpec:
     tuple of outputs. It must be traceable by torch.fx (it becomes a `call_function`) and
     differentiable where the mathematics is. Meaning: the ONNX operator specification.
     `since` is the first opset whose semantics it follows.
+
+    `static` holds the positions of inputs that describe structure (shapes, axes, pads, bounds):
+    where such an input is a constant, `torch` gets it as a Python number or nested list and
+    nothing is trained there; otherwise it gets the tensor. `facts` computes further keyword
+    arguments from the node (its number of outputs, declared types). With `levels` the operator
+    works on a float tensor that holds quantised levels as well as on the integers themselves;
+    inputs of the others are cast to their declared integer type first.
     """
 
     op_type: str
@@ -97,6 +104,9 @@ class OpSpec:
     domain: str = ""
     since: int = 1
     pointwise: bool = False
+    static: frozenset[int] = frozenset()
+    facts: Callable[[ir.Node], Mapping[str, Any]] | None = None
+    levels: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
