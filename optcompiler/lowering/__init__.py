@@ -1,0 +1,1 @@
+"""Program → the lowered form that code generators print."""
