@@ -1,0 +1,141 @@
+"""Judging a student against the teacher: damage on calibration batches, and exactness of rewrites.
+
+Measures, each an average over samples, 0 when the outputs agree:
+
+- `kl`: Kullback-Leibler divergence in nats of the student's output distribution from the teacher's,
+  KL(softmax(t) || softmax(s)) over the last axis. Blind to what softmax is blind to (a constant
+  added to all logits), so outputs that are not scores are better judged by `nmse`. An output whose
+  last axis has one element is judged by `nmse`.
+- `nmse`: mean squared error over the variance of the teacher's output (1 - R²).
+
+An output that is not floating point counts the share of elements that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from optcompiler.errors import InputError
+
+if TYPE_CHECKING:
+    from optcompiler.ops import OpTable
+    from optcompiler.program import Program
+
+Batch = Mapping[str, np.ndarray]
+Outputs = Sequence[torch.Tensor]
+
+
+def kl(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    """Mean KL divergence in nats over the last axis of `[..., C]`; see the module for C = 1."""
+    if teacher.ndim == 0 or teacher.shape[-1] < 2:
+        return nmse(teacher, student)
+    t = torch.log_softmax(teacher.double(), -1)
+    s = torch.log_softmax(student.double(), -1)
+    terms = torch.where(t.isneginf(), 0.0, t.exp() * (t - s))
+    return max(float(terms.sum(-1).mean()), 0.0)
+
+
+def nmse(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    """Mean squared error relative to the variance of the teacher's output."""
+    t, s = teacher.double(), student.double()
+    spread = float((t - t.mean()).square().mean()) or float(t.square().mean()) or 1.0
+    return float((t - s).square().mean()) / spread
+
+
+MEASURES: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {"kl": kl, "nmse": nmse}
+
+
+def _one(measure: Callable[[torch.Tensor, torch.Tensor], float], t: torch.Tensor,
+         s: torch.Tensor) -> float:  # fmt: skip
+    if t.numel() == 0:
+        return 0.0
+    if not t.is_floating_point():
+        return float((t != s).double().mean())
+    value = measure(t, s)
+    return value if np.isfinite(value) else float("inf")
+
+
+class Judge:
+    """The teacher's outputs on some batches, and how far other programs are from them.
+
+    Runs programs through the FX executor. Raises `InputError` for an unknown measure, or when the
+    teacher itself gives NaN on the batches.
+    """
+
+    def __init__(
+        self, teacher: Program, batches: Sequence[Batch], ops: OpTable, measure: str = "kl"
+    ) -> None:
+        if measure not in MEASURES:
+            raise InputError(f"no damage measure {measure!r}; there is {', '.join(MEASURES)}.")
+        self.ops = ops
+        self.batches = list(batches)
+        self._measure = MEASURES[measure]
+        self._teacher = self.outputs(teacher)
+        for outputs in self._teacher:
+            for name, value in zip(teacher.outputs, outputs, strict=True):
+                if value.is_floating_point() and bool(value.isnan().any()):
+                    raise InputError(
+                        f"the model gives NaN in output {name.name!r} on the calibration data; "
+                        f"check the weights and the inputs."
+                    )
+
+    def outputs(self, program: Program) -> list[Outputs]:
+        """Outputs of `program`, batch by batch."""
+        return run_batches(program, self.batches, self.ops)
+
+    def damage(self, student: Program) -> float:
+        """Mean damage over outputs and samples."""
+        total = weight = 0.0
+        for batch, teacher, got in zip(
+            self.batches, self._teacher, self.outputs(student), strict=True
+        ):
+            samples = max((a.shape[0] for a in batch.values() if a.ndim), default=1)
+            for t, s in zip(teacher, got, strict=True):
+                total += samples * _one(self._measure, t, s)
+                weight += samples
+        return total / weight if weight else 0.0
+
+
+def run_batches(program: Program, batches: Sequence[Batch], ops: OpTable) -> list[Outputs]:
+    """Outputs of the program on each batch through the FX executor, without gradients."""
+    module = program.to_torch(ops)
+    names = [p.name for p in program.inputs]
+    results: list[Outputs] = []
+    with torch.no_grad():
+        for batch in batches:
+            arguments = [torch.from_numpy(np.ascontiguousarray(batch[n])) for n in names]
+            results.append([t.detach() for t in module(*arguments)])
+    return results
+
+
+def largest_error(expected: Sequence[Outputs], got: Sequence[Outputs]) -> float:
+    """The largest absolute difference, relative to the largest magnitude of each output.
+
+    NaNs and infinities must be in the same places, and outputs that are not floating point equal;
+    otherwise the error is infinite.
+    """
+    worst = 0.0
+    for before, after in zip(expected, got, strict=True):
+        for e, g in zip(before, after, strict=True):
+            if e.shape != g.shape or e.dtype != g.dtype:
+                return float("inf")
+            if e.numel() == 0:
+                continue
+            if not e.is_floating_point():
+                if not torch.equal(e, g):
+                    return float("inf")
+                continue
+            finite = e.isfinite()
+            if not torch.equal(finite, g.isfinite()) or not torch.equal(
+                e[~finite].nan_to_num(), g[~finite].nan_to_num()
+            ):
+                return float("inf")
+            if not bool(finite.any()):
+                continue
+            scale = float(e[finite].abs().max()) or 1.0
+            worst = max(worst, float((e[finite] - g[finite]).abs().max()) / scale)
+    return worst
