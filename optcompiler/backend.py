@@ -25,7 +25,9 @@ class Capabilities:
     "INT8") and `weight_dtype` that of weights, which are symmetric per output channel when
     `per_channel`. `fusions` names the kinds of region that the backend turns into one kernel:
     "contraction", "pointwise", "normalization", "softmax", "attention". `dynamic_shapes` says
-    whether symbolic dimensions survive.
+    whether symbolic dimensions survive. `float_outputs` names those of `integer_ops` whose integer
+    kernel may write float as well, so that their output need not be quantised; a target that fuses
+    "contraction" can do so for every contraction.
     """
 
     precisions: frozenset[str]
@@ -35,6 +37,7 @@ class Capabilities:
     per_channel: bool = True
     fusions: frozenset[str] = frozenset()
     dynamic_shapes: bool = False
+    float_outputs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

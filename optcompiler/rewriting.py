@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from optcompiler.backend import Capabilities, Kernel
+    from optcompiler.observers import Observer
     from optcompiler.ops import OpTable
     from optcompiler.target import Target
 
@@ -99,7 +100,8 @@ class PassContext:
     none were given; a pass that needs them declines). `holdout` is a part of the calibration data
     kept apart for judging; it is empty when there is too little data. `precisions` are those the
     user allows *and* the target has. `price_us` predicts the latency of a program on the target;
-    `kernels` says which kernels it becomes.
+    `kernels` says which kernels it becomes. `observers` are the calibration observers of all
+    plugins by name.
     """
 
     target: Target
@@ -113,6 +115,7 @@ class PassContext:
     progress: Progress
     kernels: Callable[[Program], Sequence[Kernel]]
     price_us: Callable[[Program], float]
+    observers: Mapping[str, type[Observer]] = field(default_factory=dict)
 
 
 class Pass(ABC):
