@@ -13,6 +13,8 @@ from optcompiler.errors import PluginError, UnsupportedOperatorError
 if TYPE_CHECKING:
     import torch
 
+    from optcompiler.program import Program
+
 
 @dataclass(frozen=True)
 class Work:
@@ -66,12 +68,19 @@ class Channels:
     an input or output that appears in none of the couplings is *pinned*: it cannot shrink.
     `groups` is the group count of a grouped contraction: channels must leave in whole groups or
     evenly from each.
+
+    `normalised` are axes whose channels share statistics (LayerNormalization): removing one there
+    is not the same as zeroing it. `repair` is called, before shapes are inferred again, on a node
+    with axes that shrink, as `repair(program, node, extents)` with their new extents: it edits
+    what the node states about them (a group count, the sizes of a Split).
     """
 
     couplings: tuple[Coupling, ...] = ()
     produced: tuple[Axis, ...] = ()
     reduced: tuple[Axis, ...] = ()
     groups: int = 1
+    normalised: tuple[Axis, ...] = ()
+    repair: Callable[[Program, ir.Node, Mapping[Axis, int]], None] | None = None
 
 
 TorchMeaning = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
