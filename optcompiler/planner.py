@@ -1,0 +1,306 @@
+"""Choosing lossy candidates: the fastest plan whose measured loss stays inside the budget.
+
+Each candidate is priced and damaged on its own, then all are ordered by damage per microsecond
+saved, and the longest prefix of that order that holds the budget is searched by bisection. A probe
+of a prefix applies it, tunes it (when a tuning pass is in the pipeline) and measures the result
+against the teacher, so what is decided on is never a sum of estimates.
+
+Reduced precision pays between neighbours: alone, a quantised layer also pays for converting its
+input and output. A candidate of stage QUANTIZE is therefore priced by what would be lost if it
+alone were left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from optcompiler.budget import Budget
+from optcompiler.damage import Judge
+from optcompiler.errors import Declined, VerificationError
+from optcompiler.ledger import DECLINED, REJECTED, ROLLED_BACK, TAKEN
+from optcompiler.program import Program
+from optcompiler.rewriting import Candidate, Pass, Stage
+from optcompiler.session import Scorer, Session
+
+PROBES = 6
+"""Most prefixes that one search tries."""
+
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A lossy candidate with what it was measured to do on its own."""
+
+    pass_: Pass
+    candidate: Candidate
+    saving_us: float
+    damage: float
+
+    @property
+    def key(self) -> Key:
+        return (self.pass_.name, self.candidate.site, self.candidate.choice)
+
+    @property
+    def site(self) -> tuple[str, str]:
+        return (self.pass_.name, self.candidate.site)
+
+    @property
+    def rank(self) -> float:
+        return self.damage / max(self.saving_us, 1e-6)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One plan as tried: the program it gives and what was measured on it."""
+
+    chosen: tuple[Offer, ...]
+    program: Program
+    damage: float
+    score: float | None
+    holds: bool
+    why: str
+    refused: dict[Key, tuple[str, str]]
+    tuned: tuple[tuple[Pass, Candidate, float, float, bool], ...] = ()
+
+
+class Planner:
+    """Plans the stages REDUCE, QUANTIZE and TUNE of one compile on top of an exact program.
+
+    `judge` measures damage on all batches; `quick` does on few, for one candidate alone. `score`
+    is the user's metric, None without one. `record` turns off writing declines to the ledger.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        passes: Sequence[Pass],
+        budget: Budget,
+        judge: Judge,
+        quick: Judge,
+        score: Scorer | None,
+    ) -> None:
+        self.session = session
+        self.budget = budget
+        self.judge = judge
+        self.quick = quick
+        self.score = score
+        self.lossy = [p for p in passes if p.stage in (Stage.REDUCE, Stage.QUANTIZE)]
+        self.tuners = [p for p in passes if p.stage is Stage.TUNE]
+        self.teacher_score = score(session.teacher) if score else None
+        minutes = budget.search_minutes
+        self._deadline = time.monotonic() + 60 * minutes if minutes is not None else None
+
+    def plan(self, base: Program) -> Probe:
+        """The largest prefix of offers that holds the budget, applied to `base` and tuned.
+
+        Every offer becomes a ledger row: taken, or rejected with the reason.
+        """
+        session = self.session
+        offers = self._offers(base)
+        useful = sorted((o for o in offers if o.saving_us > 0), key=lambda o: (o.rank, o.key))
+        best = self._empty(base)
+        if useful:
+            best = self._search(base, useful, best)
+        taken = {o.key for o in best.chosen}
+        for offer in offers:
+            if offer.key in best.refused:
+                outcome, reason = best.refused[offer.key]
+            elif offer.key in taken:
+                outcome, reason = TAKEN, "inside the budget"
+            elif offer.saving_us <= 0:
+                outcome, reason = REJECTED, "predicted no faster"
+            elif any(o.site == offer.site for o in best.chosen):
+                outcome, reason = REJECTED, "another choice was taken at this site"
+            else:
+                outcome, reason = REJECTED, self._limit_text
+            row = session.row(offer.pass_, offer.candidate, outcome, reason)
+            session.ledger.add(replace(row, saving_us=offer.saving_us, damage=offer.damage))
+        for pass_, candidate, before, after, kept in best.tuned:
+            outcome = TAKEN if kept else REJECTED
+            reason = f"damage {before:.3g} before, {after:.3g} after"
+            row = session.row(pass_, candidate, outcome, reason)
+            session.ledger.add(replace(row, damage=after))
+        return best
+
+    _limit_text = "the budget was spent on candidates that save more for less damage"
+
+    # -- offers -----------------------------------------------------------------------------
+
+    def _offers(self, base: Program) -> list[Offer]:
+        session = self.session
+        priced: list[Offer] = []
+        pending: list[tuple[Pass, Candidate]] = []
+        for pass_ in self.lossy:
+            pending += [(pass_, c) for c in session.propose(pass_, base)]
+        price = session.price_us(base)
+        for pass_, candidate in session.progress.track(pending, "weighing candidates"):
+            try:
+                patch = session.patch(pass_, candidate, base)
+            except Declined as reason:
+                session.ledger.add(session.row(pass_, candidate, DECLINED, str(reason)))
+                continue
+            except VerificationError as error:
+                session.ledger.add(session.row(pass_, candidate, ROLLED_BACK, str(error)))
+                continue
+            if patch.empty:
+                session.ledger.add(session.row(pass_, candidate, DECLINED, "it changed nothing"))
+                continue
+            damage = self.quick.damage(patch.after)
+            priced.append(Offer(pass_, candidate, price - session.price_us(patch.after), damage))
+        return self._priced_together(base, priced)
+
+    def _priced_together(self, base: Program, offers: list[Offer]) -> list[Offer]:
+        """QUANTIZE offers with the saving that leaving each out of all of them would cost."""
+        joint = [o for o in offers if o.pass_.stage is Stage.QUANTIZE]
+        deepest = list({o.site: o for o in joint}.values())
+        if len(deepest) < 2:
+            return offers
+        everything, _ = self._apply(base, [(o.pass_, o.candidate) for o in deepest])
+        full = self.session.price_us(everything)
+        savings: dict[Key, float] = {}
+        for offer in self.session.progress.track(joint, "pricing candidates together"):
+            others = [o for o in deepest if o.site != offer.site]
+            without, _ = self._apply(base, [(o.pass_, o.candidate) for o in others])
+            with_it = full
+            if offer not in deepest:
+                pairs = [(o.pass_, o.candidate) for o in (*others, offer)]
+                with_it = self.session.price_us(self._apply(base, pairs)[0])
+            savings[offer.key] = self.session.price_us(without) - with_it
+        return [replace(o, saving_us=savings.get(o.key, o.saving_us)) for o in offers]
+
+    def _apply(
+        self, program: Program, pairs: Sequence[tuple[Pass, Candidate]]
+    ) -> tuple[Program, dict[Key, tuple[str, str]]]:
+        """Apply candidates one after another to one private copy, for pricing; no verification."""
+        refused: dict[Key, tuple[str, str]] = {}
+        copy = program.clone()
+        for pass_, candidate in pairs:
+            try:
+                candidate.rewrite(copy)
+            except Declined as reason:
+                refused[pass_.name, candidate.site, candidate.choice] = (DECLINED, str(reason))
+        return copy, refused
+
+    # -- search -----------------------------------------------------------------------------
+
+    def _search(self, base: Program, order: Sequence[Offer], best: Probe) -> Probe:
+        """The longest prefix of `order` that holds; with a latency goal, the shortest that meets it."""
+        low, high = 0, self._needed(base, order)
+        for _ in range(PROBES):
+            if high <= low:
+                break
+            probe = self._probe(base, order[:high])
+            if probe.holds:
+                best, low = probe, high
+                if high == len(order) or high == self._ceiling:
+                    break
+            else:
+                self._ceiling = high - 1
+            if self._ceiling <= low:
+                break
+            high = (low + self._ceiling + 1) // 2
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self.session.progress.note("search time is over; taking the best plan so far")
+                break
+        return best
+
+    _ceiling: int
+
+    def _needed(self, base: Program, order: Sequence[Offer]) -> int:
+        """How many offers the latency goal asks for: all without one."""
+        self._ceiling = len(order)
+        goal = self.budget.max_latency_ms
+        if goal is None:
+            return len(order)
+        for count in range(len(order) + 1):
+            pairs = [(o.pass_, o.candidate) for o in _deepest(order[:count])]
+            if self.session.price_us(self._apply(base, pairs)[0]) <= 1000 * goal:
+                self._ceiling = max(count, 1)
+                return count
+        return len(order)
+
+    def _empty(self, base: Program) -> Probe:
+        score = self.score(base) if self.score else None
+        return Probe((), base, self.judge.damage(base), score, True, "", {})
+
+    def _probe(self, base: Program, prefix: Sequence[Offer]) -> Probe:
+        chosen = _deepest(prefix)
+        program, refused = self._realise(base, chosen)
+        tuned: list[tuple[Pass, Candidate, float, float, bool]] = []
+        damage = self.judge.damage(program)
+        for tuner in self.tuners:
+            for candidate in self.session.propose(tuner, program, record=False):
+                try:
+                    after = self.session.patch(tuner, candidate, program).after
+                except (Declined, VerificationError) as error:
+                    self.session.progress.note(f"{tuner.name}: {error}")
+                    continue
+                changed = self.judge.damage(after)
+                kept = changed < damage
+                tuned.append((tuner, candidate, damage, changed, kept))
+                if kept:
+                    program, damage = after, changed
+        holds, why, score = self._within(program, damage)
+        self.session.progress.note(
+            f"{len(chosen)} lossy candidates: damage {damage:.3g}"
+            + (f", metric {score:.4g}" if score is not None else "")
+            + (" holds the budget" if holds else f"; {why}")
+        )
+        return Probe(
+            tuple(o for o in chosen if o.key not in refused),
+            program, damage, score, holds, why, refused, tuple(tuned),
+        )  # fmt: skip
+
+    def _realise(
+        self, base: Program, chosen: Sequence[Offer]
+    ) -> tuple[Program, dict[Key, tuple[str, str]]]:
+        """Apply the plan stage by stage; a later stage proposes anew on what an earlier one left."""
+        session = self.session
+        refused: dict[Key, tuple[str, str]] = {}
+        program = base
+        for pass_ in self.lossy:
+            mine = {o.key: o for o in chosen if o.pass_ is pass_}
+            if not mine:
+                continue
+            found = {k: o.candidate for k, o in mine.items()}
+            if program is not base:
+                fresh = session.propose(pass_, program, record=False)
+                found = {(pass_.name, c.site, c.choice): c for c in fresh}
+            for key in mine:
+                if key not in found:
+                    refused[key] = (DECLINED, "no longer offered after earlier candidates")
+                    continue
+                try:
+                    program = session.patch(pass_, found[key], program).after
+                except Declined as reason:
+                    refused[key] = (DECLINED, str(reason))
+                except VerificationError as error:
+                    refused[key] = (ROLLED_BACK, str(error))
+        return program, refused
+
+    def _within(self, program: Program, damage: float) -> tuple[bool, str, float | None]:
+        limit = self.budget.damage_limit
+        if damage > limit:
+            return False, f"damage {damage:.3g} is over {limit:.3g}", None
+        if self.score is None or self.teacher_score is None:
+            return True, "", None
+        score = self.score(program)
+        drop = self.budget.drop(self.teacher_score, score)
+        if self.budget.max_drop is not None and drop > self.budget.max_drop:
+            return False, f"the metric drops by {drop:.3g}, over {self.budget.max_drop:.3g}", score
+        return True, "", score
+
+    def without(self, base: Program, probe: Probe, keys: set[Key]) -> Probe:
+        """The plan with some offers taken out, applied and measured again."""
+        return self._probe(base, [o for o in probe.chosen if o.key not in keys])
+
+
+def _deepest(prefix: Sequence[Offer]) -> list[Offer]:
+    """The last offer of each site, in the order in which the passes proposed them."""
+    return list({o.site: o for o in prefix}.values())
+
+
+Score = Callable[[Program], float]

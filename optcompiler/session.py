@@ -1,0 +1,206 @@
+"""The state of one compile, and the one way in which a candidate changes a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from optcompiler.backend import Backend, Kernel
+from optcompiler.cost import CostModel, DeviceProfile
+from optcompiler.damage import Judge, Outputs, largest_error, run_batches
+from optcompiler.errors import Declined, PluginError, UnsupportedOperatorError, VerificationError
+from optcompiler.ledger import DECLINED, REJECTED, ROLLED_BACK, TAKEN, Ledger, Row
+from optcompiler.program import Program
+from optcompiler.rewriting import (
+    Batch,
+    Candidate,
+    Decline,
+    Pass,
+    PassContext,
+    Patch,
+    Progress,
+    apply_candidate,
+)
+from optcompiler.target import Target
+
+SLOWER_SHARE = 0.01
+"""An exact candidate predicted to slow the program by more than this share is rejected."""
+
+
+@dataclass
+class Session:
+    """What every step of a compile shares. `profile` grows as kernels are measured."""
+
+    teacher: Program
+    backend: Backend
+    target: Target
+    cost_model: CostModel
+    profile: DeviceProfile
+    context: PassContext
+    check: Batch
+    """One batch on which exact rewrites are compared."""
+    ledger: Ledger = field(default_factory=Ledger)
+    _outputs: tuple[Program, list[Outputs]] | None = None
+    _prices: dict[int, tuple[Program, float]] = field(default_factory=dict[int, tuple[Program, float]])
+
+    @property
+    def progress(self) -> Progress:
+        return self.context.progress
+
+    def kernels(self, program: Program) -> Sequence[Kernel]:
+        return self.backend.kernels(program, self.target)
+
+    def price_us(self, program: Program) -> float:
+        """Predicted microseconds of one call; infinite for a program the backend cannot lower."""
+        known = self._prices.get(id(program))
+        if known is None or known[0] is not program:
+            try:
+                price = self.cost_model.program_us(self.kernels(program), self.profile)
+            except UnsupportedOperatorError:
+                price = float("inf")
+            self._prices[id(program)] = known = (program, price)
+            while len(self._prices) > 8:
+                self._prices.pop(next(iter(self._prices)))
+        return known[1]
+
+    def saving_us(self, before: Program, after: Program) -> float | None:
+        """Predicted microseconds saved; None where the backend can lower neither program."""
+        old, new = self.price_us(before), self.price_us(after)
+        return None if old == new == float("inf") else old - new
+
+    def learned(self, times_us: dict[str, float]) -> None:
+        """Add measured kernels (by signature) to the table that prices are read from."""
+        self.profile = self.profile.with_measured(times_us)
+        self._prices.clear()
+
+    def outputs(self, program: Program) -> list[Outputs]:
+        """Outputs on the check batch; those of the last program asked for are kept."""
+        if self._outputs is None or self._outputs[0] is not program:
+            self._outputs = (program, run_batches(program, [self.check], self.context.ops))
+        return self._outputs[1]
+
+    # -- proposals ------------------------------------------------------------------------
+
+    def propose(
+        self, pass_: Pass, program: Program, *, record: bool = True
+    ) -> list[Candidate]:
+        """The pass's candidates on `program`; what it declines goes to the ledger."""
+        try:
+            offered = list(pass_.propose(program, self.context))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{pass_.name}: propose raised {type(error).__name__}: {error}; report it to the "
+                f"author of the pass, or leave the pass out."
+            ) from error
+        candidates: dict[tuple[str, str], Candidate] = {}
+        for item in offered:
+            if isinstance(item, Decline):
+                if record:
+                    self.ledger.add(
+                        Row(pass_.name, item.site, "-", DECLINED, item.reason, nodes=item.nodes)
+                    )
+            elif isinstance(item, Candidate):  # pyright: ignore[reportUnnecessaryIsInstance]
+                if (item.site, item.choice) in candidates:
+                    raise PluginError(
+                        f"{pass_.name}: site {item.site!r} with choice {item.choice!r} is proposed "
+                        f"twice; make choices of one site distinct."
+                    )
+                candidates[item.site, item.choice] = item
+            else:
+                raise PluginError(
+                    f"{pass_.name}: propose gave {type(item).__name__}; yield Candidate or Decline."
+                )
+        return list(candidates.values())
+
+    def row(self, pass_: Pass, candidate: Candidate, outcome: str, reason: str) -> Row:
+        return Row(
+            pass_.name, candidate.site, candidate.choice, outcome, reason,
+            exact=candidate.exact, nodes=candidate.nodes, details=dict(candidate.details),
+        )  # fmt: skip
+
+    # -- applying -------------------------------------------------------------------------
+
+    def patch(self, pass_: Pass, candidate: Candidate, program: Program) -> Patch:
+        """Apply one candidate to a copy and verify its structure.
+
+        Raises `Declined` when the rewrite does, `VerificationError` when what it made is not valid
+        ONNX or has another interface than the teacher.
+        """
+        patch = apply_candidate(pass_.name, candidate, program)
+        if not patch.empty:
+            try:
+                patch.after.verify(like=self.teacher)
+            except VerificationError as error:
+                raise VerificationError(f"{patch.label}: {error}") from error
+        return patch
+
+    def apply_exact(self, pass_: Pass, program: Program, *, record: bool = True) -> Program:
+        """Take every exact candidate of the pass that verifies and is not predicted slower.
+
+        Structure is verified after each; numbers are compared once at the end, and one by one when
+        that fails, so that only what is wrong is rolled back.
+        """
+        candidates = self.propose(pass_, program, record=record)
+        for candidate in candidates:
+            if not candidate.exact:
+                raise PluginError(
+                    f"{pass_.name}: stage {pass_.stage.name} holds exact passes only, but the "
+                    f"candidate at {candidate.site!r} is not exact."
+                )
+        after, rows = self._take(pass_, candidates, program, each=False)
+        if after is not program:
+            error = largest_error(self.outputs(program), self._fresh(after))
+            if not error <= max(c.rtol for c in candidates):
+                after, rows = self._take(pass_, candidates, program, each=True)
+        if record:
+            for row in rows:
+                self.ledger.add(row)
+        return after
+
+    def _fresh(self, program: Program) -> list[Outputs]:
+        return run_batches(program, [self.check], self.context.ops)
+
+    def _take(
+        self, pass_: Pass, candidates: Sequence[Candidate], program: Program, *, each: bool
+    ) -> tuple[Program, list[Row]]:
+        rows: list[Row] = []
+        for candidate in candidates:
+            try:
+                patch = self.patch(pass_, candidate, program)
+                if each:
+                    error = largest_error(self.outputs(program), self._fresh(patch.after))
+                    if not error <= candidate.rtol:
+                        raise VerificationError(
+                            f"{patch.label}: outputs differ by {error:.1e} of the largest, more "
+                            f"than the {candidate.rtol:.0e} that it declares."
+                        )
+            except Declined as reason:
+                rows.append(self.row(pass_, candidate, DECLINED, str(reason)))
+                continue
+            except VerificationError as error:
+                rows.append(self.row(pass_, candidate, ROLLED_BACK, str(error)))
+                continue
+            if patch.empty:
+                rows.append(self.row(pass_, candidate, DECLINED, "it changed nothing"))
+                continue
+            saving = self.saving_us(program, patch.after)
+            if saving is not None and saving < -SLOWER_SHARE * self.price_us(program):
+                reason = f"predicted {-saving:.1f} µs slower"
+                rows.append(replace(self.row(pass_, candidate, REJECTED, reason), saving_us=saving))
+                continue
+            reason = candidate.note or "exact"
+            rows.append(replace(self.row(pass_, candidate, TAKEN, reason), saving_us=saving))
+            program = patch.after
+        return program, rows
+
+
+def judge_of(session: Session, batches: Sequence[Batch], measure: str) -> Judge:
+    """A judge of the session's teacher on the given batches."""
+    return Judge(session.teacher, batches, session.context.ops, measure)
+
+
+Scorer = Callable[[Program], float]
+"""The user's metric of a program, run through the FX executor."""
