@@ -1,0 +1,321 @@
+"""Which channels of a program must leave together, and taking them out.
+
+The axes of all values are nodes of a `networkx` graph and the couplings that the operators state
+are its edges (Fang et al., DepGraph, CVPR 2023). Within a connected component single indices are
+tied by the index maps of the couplings; indices tied to one another are one *channel*, and the
+channels that touch the same axes are one *group*. So concatenated branches fall into groups of
+their own, the branches of a residual sum into one, and a flattened channel is a block of indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import onnx_ir as ir
+
+from optcompiler.errors import Declined
+from optcompiler.ops.spec import Axis, Channels, Coupling, OpTable
+from optcompiler.program import Program, constant, consumed
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of one value that shrinks with its group.
+
+    `channel_of[i]` is the group's channel that index `i` belongs to, -1 where it is another's.
+    """
+
+    value: str
+    axis: int
+    channel_of: np.ndarray
+
+    def indices(self, channels: Iterable[int]) -> np.ndarray:
+        """Indices along the axis that the given channels of the group occupy, ascending."""
+        return np.flatnonzero(np.isin(self.channel_of, np.fromiter(channels, np.int64)))
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that touch the same axes, any of which can leave on its own.
+
+    `name` is the first node, in graph order, whose weights make the channels (with `#2`, `#3`, …
+    when it makes several groups). `members` are all axes that shrink, `producers` the nodes whose
+    weights make the channels, `consumers` those that sum over them. `pinned` says why the group
+    cannot shrink, "" when it can. `exact` says that removing a channel equals zeroing it where
+    it is consumed: no member is normalised over.
+    """
+
+    name: str
+    channels: int
+    members: tuple[Member, ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    pinned: str
+    exact: bool
+
+    def member(self, value: ir.Value | None, axis: int) -> Member | None:
+        """The member at this axis of this value, or None."""
+        name = None if value is None else value.name
+        return next((m for m in self.members if (m.value, m.axis) == (name, axis)), None)
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Equal for groups with the same name, members and index maps."""
+        return (
+            self.name,
+            self.channels,
+            tuple((m.value, m.axis, m.channel_of.tobytes()) for m in self.members),
+        )
+
+
+class ChannelGraph:
+    """The channel groups of a program under an operator table.
+
+    `axes` is the `networkx.MultiGraph` of `(value name, axis)` with the index arrays of each
+    coupling on its edges. An axis with a symbolic extent is no part of it. An operator without a
+    channel rule pins all its axes, and so do the inputs and outputs of the program.
+    """
+
+    def __init__(self, program: Program, ops: OpTable) -> None:
+        self.program = program
+        self.axes: nx.MultiGraph[Key] = nx.MultiGraph()
+        self.rules: dict[str, Channels] = {}
+        self._values: dict[str, ir.Value] = {}
+        self._pins: dict[Key, str] = {}
+        self._made: dict[Key, list[str]] = {}
+        self._summed: dict[Key, list[str]] = {}
+        self._normalised: set[Key] = set()
+        for node in program.graph:
+            self._add(node, ops)
+        for value in program.graph.inputs:
+            self._pin(value, f"reaches input {value.name!r}")
+        for value in program.graph.outputs:
+            self._pin(value, f"reaches output {value.name!r}")
+        self.groups: tuple[ChannelGroup, ...] = tuple(self._find_groups())
+
+    def group(self, name: str) -> ChannelGroup | None:
+        """The group with this name, or None."""
+        return next((g for g in self.groups if g.name == name), None)
+
+    # -- the graph of axes ------------------------------------------------------------------
+
+    def _add(self, node: ir.Node, ops: OpTable) -> None:
+        label = f"{node.op_type} {node.name!r}"
+        touched = [v for v in (*consumed(node), *node.outputs) if v.name]
+        for value in touched:
+            self._values.setdefault(str(value.name), value)
+            for axis in range(_rank(value)):
+                if _extent(Axis(value, axis)) is not None:
+                    self.axes.add_node((str(value.name), axis))
+        spec = ops.get(node)
+        rule = spec.channels(node) if spec is not None and spec.channels is not None else None
+        if rule is None:
+            for value in touched:
+                self._pin(value, f"{label} states no channels for {value.name!r}")
+            return
+        self.rules[str(node.name)] = rule
+        loose: set[Key] = set()
+        for coupling in rule.couplings:
+            if self._couple(coupling):
+                loose |= {_key(coupling.source), _key(coupling.target)}
+        for axes, where in ((rule.produced, self._made), (rule.reduced, self._summed)):
+            for axis in axes:
+                where.setdefault(_key(axis), []).append(str(node.name))
+                loose.add(_key(axis))
+        self._normalised |= {_key(a) for a in rule.normalised}
+        for value in touched:
+            for axis in range(_rank(value)):
+                if (value.name, axis) not in loose:
+                    reason = f"axis {axis} of {value.name!r} is fixed by {label}"
+                    self._pins.setdefault((str(value.name), axis), reason)
+
+    def _couple(self, coupling: Coupling) -> bool:
+        source, target = _extent(coupling.source), _extent(coupling.target)
+        if source is None or target is None:
+            return False
+        count = coupling.count if coupling.count >= 0 else source - coupling.source_offset
+        first = np.arange(coupling.source_offset, coupling.source_offset + count)
+        second = np.arange(coupling.target_offset, coupling.target_offset + count * coupling.repeat)
+        if count and (first[-1] >= source or second[-1] >= target):
+            return False
+        pair = (np.repeat(first, coupling.repeat), second)
+        self.axes.add_edge(
+            _key(coupling.source), _key(coupling.target), source=_key(coupling.source), maps=pair
+        )
+        return True
+
+    def _pin(self, value: ir.Value, reason: str) -> None:
+        for axis in range(_rank(value)):
+            self._pins[str(value.name), axis] = reason
+
+    # -- groups -----------------------------------------------------------------------------
+
+    def _find_groups(self) -> Iterator[ChannelGroup]:
+        order = {str(n.name): i for i, n in enumerate(self.program.graph)}
+        found: list[tuple[list[str], int, list[Member]]] = []
+        for component in nx.connected_components(self.axes):
+            if not component.isdisjoint(self._made):
+                found += self._split(component, order)
+        found.sort(key=lambda item: (order[item[0][0]], item[1]))
+        seen: dict[str, int] = {}
+        for producers, _, members in found:
+            first = producers[0]
+            seen[first] = seen.get(first, 0) + 1
+            keys = [(m.value, m.axis) for m in members]
+            consumers = dict.fromkeys(n for k in keys for n in self._summed.get(k, ()))
+            reasons = [self._pins[k] for k in keys if k in self._pins]
+            reasons.sort(key=lambda r: not r.startswith("reaches"))
+            yield ChannelGroup(
+                name=first if seen[first] == 1 else f"{first}#{seen[first]}",
+                channels=int(members[0].channel_of.max()) + 1,
+                members=tuple(members),
+                producers=tuple(producers),
+                consumers=tuple(sorted(consumers, key=order.__getitem__)),
+                pinned=reasons[0] if reasons else "",
+                exact=self._normalised.isdisjoint(keys),
+            )
+
+    def _split(
+        self, component: set[Key], order: dict[str, int]
+    ) -> Iterator[tuple[list[str], int, list[Member]]]:
+        """Groups of one component: (producers, first index in the first producer, members)."""
+        keys = sorted(component)
+        extents = [int(_extent(Axis(self._values[v], a)) or 0) for v, a in keys]
+        starts = dict(zip(keys, np.cumsum([0, *extents]).tolist(), strict=False))
+        pairs = [
+            (maps[0] + starts[a], maps[1] + starts[b]) for a, b, maps in self._oriented(component)
+        ]
+        label = _connected(sum(extents), pairs)
+        roots, channel = np.unique(label, return_inverse=True)
+        touches = np.zeros((len(roots), len(keys)), np.bool_)
+        for k, key in enumerate(keys):
+            touches[channel[starts[key] : starts[key] + extents[k]], k] = True
+        packed, kind = np.unique(np.packbits(touches, axis=1), axis=0, return_inverse=True)
+        kind = kind.reshape(-1)
+        for group in range(len(packed)):
+            mine = np.flatnonzero(kind == group)
+            held = [k for k in range(len(keys)) if touches[mine[0], k]]
+            makers = {n for k in held for n in self._made.get(keys[k], ())}
+            if not makers:
+                continue
+            producers = sorted(makers, key=order.__getitem__)
+            made_at = next(k for k in held if producers[0] in self._made.get(keys[k], ()))
+            span = channel[starts[keys[made_at]] :][: extents[made_at]]
+            numbers = np.full(len(roots), -1)
+            ordered = list(dict.fromkeys(c for c in span.tolist() if kind[c] == group))
+            numbers[ordered] = np.arange(len(ordered))
+            members = [
+                Member(*keys[k], numbers[channel[starts[keys[k]] :][: extents[k]]]) for k in held
+            ]
+            yield producers, span.tolist().index(ordered[0]), members
+
+    def _oriented(self, component: set[Key]) -> Iterator[tuple[Key, Key, Any]]:
+        for a, b, data in self.axes.subgraph(component).edges(data=True):
+            first, second = data["maps"]
+            swap = data["source"] != a
+            yield (a, b, (second, first) if swap else (first, second))
+
+    # -- editing ----------------------------------------------------------------------------
+
+    def remove(self, group: ChannelGroup, channels: Sequence[int]) -> None:
+        """Take channels of a group of this graph out of its program, for good.
+
+        Edits initializers, shape constants and what nodes state about the shrunk axes; infers
+        shapes and verifies. Names stay, and weights outside the group are untouched. The graph is
+        stale afterwards. Raises `Declined` for a pinned group, a channel that the group does not
+        have, or when nothing would be left.
+        """
+        gone = sorted(set(channels))
+        if group.pinned:
+            raise Declined(f"channels of {group.name!r} cannot shrink: {group.pinned}.")
+        if gone and not (0 <= gone[0] and gone[-1] < group.channels):
+            raise Declined(f"{group.name!r} has {group.channels} channels, asked for {gone[-1]}.")
+        if len(gone) >= group.channels:
+            raise Declined(f"all {group.channels} channels of {group.name!r} would go; keep one.")
+        cuts = {(m.value, m.axis): m.indices(gone) for m in group.members}
+        extents = {
+            Axis(self._values[m.value], m.axis): len(m.channel_of) - len(cuts[m.value, m.axis])
+            for m in group.members
+        }
+        before = self.program.inputs, self.program.outputs
+        for node in self.program.graph:
+            rule = self.rules.get(str(node.name))
+            if rule is not None and rule.repair is not None:
+                operands = {*node.inputs, *node.outputs}
+                local = {a: e for a, e in extents.items() if a.value in operands}
+                if local:
+                    rule.repair(self.program, node, local)
+        for (name, axis), indices in cuts.items():
+            weight = constant(self._values[name])
+            if weight is not None:
+                self.program.set_weight(self._values[name], np.delete(weight, indices, axis))
+        self.program.infer_shapes()
+        self.program.verify()
+        if before != (self.program.inputs, self.program.outputs):
+            raise Declined(f"removing channels of {group.name!r} changes the interface.")
+
+
+def remove_channels(
+    program: Program, ops: OpTable, group: ChannelGroup, channels: Sequence[int]
+) -> None:
+    """Take channels out of the group of `program` that is the same as `group`.
+
+    `group` may come from an earlier state of the program. Raises `Declined` when the program has
+    no such group any more, or one of other channels or index maps.
+    """
+    graph = ChannelGraph(program, ops)
+    graph.remove(same_group(graph, group), channels)
+
+
+def same_group(graph: ChannelGraph, group: ChannelGroup) -> ChannelGroup:
+    """The group of `graph` that `group` of an earlier state still is; raises `Declined` if none."""
+    now = graph.group(group.name)
+    if now is None:
+        raise Declined(f"the channel group {group.name!r} is gone.")
+    if now.channels != group.channels or now.producers != group.producers:
+        raise Declined(
+            f"the channel group {group.name!r} changed: it had {group.channels} channels made by "
+            f"{', '.join(group.producers)}, and has {now.channels} by {', '.join(now.producers)}."
+        )
+    return now
+
+
+def _key(axis: Axis) -> Key:
+    return (str(axis.value.name), axis.axis)
+
+
+def _rank(value: ir.Value) -> int:
+    return 0 if value.shape is None else len(value.shape)
+
+
+def _extent(axis: Axis) -> int | None:
+    if axis.value.shape is None or not 0 <= axis.axis < len(axis.value.shape):
+        return None
+    extent = axis.value.shape[axis.axis]
+    return extent if isinstance(extent, int) else None
+
+
+def _connected(count: int, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The least index of each one's connected component, by minimum labels and pointer jumping."""
+    label = np.arange(count)
+    if not pairs:
+        return label
+    first = np.concatenate([p[0] for p in pairs])
+    second = np.concatenate([p[1] for p in pairs])
+    while True:
+        least = np.minimum(label[first], label[second])
+        fresh = label.copy()
+        for ends in (first, second):
+            np.minimum.at(fresh, label[ends], least)
+            np.minimum.at(fresh, ends, least)
+        while not np.array_equal(fresh, jumped := fresh[fresh]):
+            fresh = jumped
+        if np.array_equal(fresh, label):
+            return label
+        label = fresh
