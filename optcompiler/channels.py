@@ -234,8 +234,8 @@ class ChannelGraph:
         gone = sorted(set(channels))
         if group.pinned:
             raise Declined(f"channels of {group.name!r} cannot shrink: {group.pinned}.")
-        if gone and not (0 <= gone[0] and gone[-1] < group.channels):
-            raise Declined(f"{group.name!r} has {group.channels} channels, asked for {gone[-1]}.")
+        if gone and (gone[0] < 0 or gone[-1] >= group.channels):
+            raise Declined(f"{group.name!r} has {group.channels} channels, asked for {gone}.")
         if len(gone) >= group.channels:
             raise Declined(f"all {group.channels} channels of {group.name!r} would go; keep one.")
         cuts = {(m.value, m.axis): m.indices(gone) for m in group.members}

@@ -7,7 +7,6 @@ static extent can shrink, so rules pass over symbolic ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -685,7 +684,7 @@ def _blocks(
     batch = Coupling(Axis(few, 0), Axis(many, 0))
     if inner:
         return Channels((batch, Coupling(Axis(few, 1), Axis(many, 1), repeat=squared)))
-    return Channels((batch, *_spread(Axis(few, 1), Axis(many, 1), squared, prod(shape[1:2]))))
+    return Channels((batch, *_spread(Axis(few, 1), Axis(many, 1), squared, shape[1])))
 
 
 CHANNEL_RULES: dict[str, ChannelRule] = {
