@@ -88,11 +88,16 @@ class Judge:
         return run_batches(program, self.batches, self.ops)
 
     def damage(self, student: Program) -> float:
-        """Mean damage over outputs and samples."""
+        """Mean damage of a program over outputs and samples."""
+        return self._mean(self.outputs(student))
+
+    def damage_of(self, run: Callable[[Batch], Sequence[np.ndarray]]) -> float:
+        """Mean damage of anything that maps a batch to outputs in graph order."""
+        return self._mean([[torch.from_numpy(np.array(a)) for a in run(b)] for b in self.batches])
+
+    def _mean(self, outputs: Sequence[Outputs]) -> float:
         total = weight = 0.0
-        for batch, teacher, got in zip(
-            self.batches, self._teacher, self.outputs(student), strict=True
-        ):
+        for batch, teacher, got in zip(self.batches, self._teacher, outputs, strict=True):
             samples = max((a.shape[0] for a in batch.values() if a.ndim), default=1)
             for t, s in zip(teacher, got, strict=True):
                 total += samples * _one(self._measure, t, s)

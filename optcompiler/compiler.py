@@ -1,0 +1,451 @@
+"""`compile`: a model and a budget in, the fastest artifact that stays inside it out."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optcompiler import artifact, device, finish, pipeline
+from optcompiler.batching import Batched
+from optcompiler.budget import Budget
+from optcompiler.compiled import Compiled
+from optcompiler.errors import GateError, InputError, OptcompilerError
+from optcompiler.finish import Built
+from optcompiler.ledger import REVERTED
+from optcompiler.planner import Planner, Probe
+from optcompiler.plugins import Registry
+from optcompiler.program import Program
+from optcompiler.progress import Silent
+from optcompiler.rewriting import Batch, Pass, PassContext, Progress, Stage
+from optcompiler.session import Session, judge_of
+from optcompiler.target import Target
+
+if TYPE_CHECKING:
+    from optcompiler.backend import Backend, Capabilities
+    from optcompiler.cost import DeviceProfile
+    from optcompiler.signature import Signature
+
+WEIGHING_SAMPLES = 16
+"""Samples on which one candidate alone is damaged; the plan as a whole is judged on all."""
+
+Precision = str
+
+
+def compile(  # noqa: A001 - the name users expect
+    model: Any,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    target: str | Target = "onnxruntime",
+    precision: Precision = "auto",
+    calibration: Any = None,
+    budget: Budget | None = None,
+    passes: Iterable[str | Pass | type[Pass]] | None = None,
+    dynamic: Any = None,
+    damage: str = "kl",
+    cost_model: str = "roofline",
+    seed: int = 0,
+    registry: Registry | None = None,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile `model` for `target` inside `budget`.
+
+    `model`: an nn.Module, ExportedProgram, fx.GraphModule, a .pt2 or .onnx path, an onnx ModelProto,
+    an onnx_ir Model or a Program. `example_inputs`: a tuple, or a dict by name; not needed for ONNX.
+    `precision`: "fp32" (exact passes only), a precision of the target such as "int8", or "auto" (all
+    that the target has). `calibration`: an iterable of inputs, a folder of .npz files, or None.
+    `passes`: None for the default pipeline, else names (with options), passes, or "default".
+    `dynamic`: dimensions that stay symbolic, see `frontend.import_model`. `damage`: "kl" or "nmse".
+
+    Raises `InputError`, `UnsupportedOperatorError`, `ToolchainError` or `PluginError` for what
+    cannot be compiled, and `GateError` when the budget cannot be met; the error's `compiled` then
+    holds the best artifact found.
+    """
+    job = _Job.prepare(
+        model, example_inputs, target=target, precision=precision, calibration=calibration,
+        budget=budget or Budget(), passes=passes, dynamic=dynamic, damage=damage,
+        cost_model=cost_model, seed=seed, registry=registry or Registry(),
+        progress=progress or Silent(),
+    )  # fmt: skip
+    return job.run()
+
+
+@dataclass
+class _Job:
+    """One compile, step by step."""
+
+    session: Session
+    signature: Signature
+    passes: list[Pass]
+    budget: Budget
+    damage: str
+    options: dict[str, Any]
+    registry: Registry
+    batches: list[Batch]
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    _clock: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def prepare(
+        cls, model: Any, example_inputs: Any, *, target: str | Target, precision: str,
+        calibration: Any, budget: Budget, passes: Any, dynamic: Any, damage: str, cost_model: str,
+        seed: int, registry: Registry, progress: Progress,
+    ) -> _Job:  # fmt: skip
+        from optcompiler.calibration import load_calibration, split_holdout
+        from optcompiler.frontend import import_model
+
+        start = time.perf_counter()
+        target = Target.parse(target)
+        backend = registry.backend(target.backend)
+        capabilities = backend.capabilities(target)
+        precisions = allowed_precisions(precision, capabilities, target)
+        chosen = pipeline.resolve(passes, registry)
+        pricing = registry.cost_model(cost_model)
+        imported = import_model(model, example_inputs, dynamic=dynamic)
+        teacher, signature = imported.program, imported.signature
+        batches = load_calibration(calibration, teacher.inputs) if calibration is not None else []
+        if precision not in ("auto", "fp32") and not batches:
+            raise InputError(
+                f"precision {precision} needs calibration data; pass calibration=... (a few batches "
+                f"of inputs), or precision='fp32'."
+            )
+        if precision == "fp32":
+            chosen = [p for p in chosen if p.stage is not Stage.QUANTIZE]
+        tune, holdout = split_holdout(batches)
+        imported_at = time.perf_counter()
+        profile = device.profile_for(backend, target, progress=progress)
+        check = batches[0] if batches else _example(imported, example_inputs)
+        context = PassContext(
+            target=target, capabilities=capabilities, precisions=precisions, teacher=teacher,
+            calibration=tune, holdout=holdout, ops=registry.ops, seed=seed, progress=progress,
+            kernels=lambda p: backend.kernels(p, target), price_us=lambda p: float("nan"),
+            observers=registry.observers,
+        )  # fmt: skip
+        session = Session(teacher, backend, target, pricing, profile, context, check)
+        session.context = replace(context, price_us=session.price_us)
+        options = {
+            "target": str(target), "precision": precision, "budget": budget.describe(),
+            "damage": damage, "seed": seed, "cost_model": cost_model,
+            "calibration_samples": sum(_samples(b) for b in batches),
+            "passes": [
+                {"name": p.name, "options": p.options(), "owner": registry.owner_of_pass(p.name)}
+                for p in chosen
+            ],
+        }  # fmt: skip
+        job = cls(session, signature, chosen, budget, damage, options, registry, batches)
+        job.seconds["import"] = imported_at - start
+        job.seconds["device profile"] = time.perf_counter() - imported_at
+        job._clock = time.perf_counter()
+        return job
+
+    def _lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._clock
+        self._clock = now
+
+    # -- the compile ----------------------------------------------------------------------
+
+    def run(self) -> Compiled:
+        session = self.session
+        clean = self._exact(Stage.CLEAN, session.teacher)
+        self._lap("clean")
+        planner, probe = self._plan(clean)
+        self._lap("plan")
+        final_program = self._exact(Stage.FUSE, probe.program if probe else clean)
+        self._lap("fuse")
+        builds: list[Built] = []
+        try:
+            final = finish.build(session, final_program, "final")
+            builds.append(final)
+            reference = self._references(builds, clean, lossy=bool(probe and probe.chosen))
+            self._lap("build")
+            finish.measure(session, builds)
+            final, probe = self._never_slower(builds, clean, planner, probe)
+            self._lap("measure")
+            return self._finish(final, reference, planner, probe)
+        finally:
+            for built in builds:
+                built.close()
+
+    def _exact(self, stage: Stage, program: Program, *, record: bool = True) -> Program:
+        for pass_ in self.passes:
+            if pass_.stage is stage:
+                self.session.progress.note(f"{pass_.name}: {pass_.summary}")
+                program = self.session.apply_exact(pass_, program, record=record)
+        return program
+
+    def _plan(self, clean: Program) -> tuple[Planner | None, Probe | None]:
+        lossy = [p for p in self.passes if p.stage in (Stage.REDUCE, Stage.QUANTIZE)]
+        if not lossy:
+            return None, None
+        batches = self.batches or [self.session.check]
+        judge = judge_of(self.session, batches, self.damage)
+        quick = judge_of(self.session, _few(batches, WEIGHING_SAMPLES), self.damage)
+        score = self._score if self.budget.metric else None
+        planner = Planner(self.session, self.passes, self.budget, judge, quick, score)
+        return planner, planner.plan(clean)
+
+    def _score(self, program: Program) -> float:
+        """The user's metric of a program, run by the FX executor."""
+        import torch
+
+        module = program.to_torch(self.session.context.ops)
+        names = [p.name for p in program.inputs]
+
+        def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+            with torch.no_grad():
+                tensors = [torch.from_numpy(np.ascontiguousarray(inputs[n])) for n in names]
+                return [t.numpy() for t in module(*tensors)]
+
+        return self._metric(run)
+
+    def _metric(self, run: Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]) -> float:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = self.signature.bind(args, kwargs)
+            return self.signature.restore(run(bound), like_torch=_any_torch((args, kwargs)))
+
+        size = self._static_batch()
+        model = Batched(call, size) if size is not None else call
+        assert self.budget.metric is not None
+        try:
+            value = float(self.budget.metric(model))
+        except OptcompilerError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the metric raised {type(error).__name__}: {error}; it is called with the model "
+                f"as its one argument and returns a number."
+            ) from error
+        if not np.isfinite(value):
+            raise InputError(f"the metric gave {value}; it must return a finite number.")
+        return value
+
+    def _static_batch(self) -> int | None:
+        firsts = {p.shape[0] for p in self.session.teacher.inputs if p.shape}
+        size = next(iter(firsts)) if len(firsts) == 1 else None
+        return size if isinstance(size, int) else None
+
+    # -- building and measuring -----------------------------------------------------------
+
+    def _references(self, builds: list[Built], clean: Program, *, lossy: bool) -> Built | None:
+        """Build what the artifact is compared with: the program as imported and, when it is lossy,
+        the exact one. Returns the former."""
+        session = self.session
+        if not builds[0].runner.timed:
+            return None
+        before = finish.try_build(session, session.teacher, "as imported")
+        if before is not None:
+            builds.append(before)
+        if lossy:
+            exact = self._exact(Stage.FUSE, clean, record=False)
+            built = finish.try_build(session, exact, "exact passes only")
+            if built is not None:
+                builds.append(built)
+        return before
+
+    def _never_slower(
+        self, builds: list[Built], clean: Program, planner: Planner | None, probe: Probe | None
+    ) -> tuple[Built, Probe | None]:
+        """Undo what made the artifact slower than the exact program or the one as imported."""
+        final, others = builds[0], builds[1:]
+        fastest = min(others, key=lambda b: b.measured_us or float("inf"), default=None)
+        if fastest is None or not finish.slower(final, fastest):
+            return final, probe
+        if planner is not None and probe is not None and len(probe.chosen) > 1:
+            half = sorted(probe.chosen, key=lambda o: o.saving_us)[: len(probe.chosen) // 2]
+            smaller = planner.without(clean, probe, {o.key for o in half})
+            if smaller.holds:
+                program = self._exact(Stage.FUSE, smaller.program, record=False)
+                built = finish.build(self.session, program, "fewer lossy candidates")
+                builds.append(built)
+                finish.measure(self.session, [built, fastest, final])
+                if not finish.slower(built, fastest):
+                    self._revert([o.key for o in half], final, built)
+                    return built, smaller
+        exact = next((b for b in others if b.label == "exact passes only"), None)
+        if probe is not None and probe.chosen:
+            keys = [o.key for o in probe.chosen]
+            keys += [(p.name, c.site, c.choice) for p, c, *_, kept in probe.tuned if kept]
+            winner = exact if exact is not None and not finish.slower(exact, fastest) else fastest
+            self._revert(keys, final, winner)
+            if winner is exact:
+                return exact, None
+        for row in list(self.session.ledger):
+            if row.outcome == "taken" and row.exact:
+                self._revert([row.key], final, fastest)
+        return fastest, None
+
+    def _revert(self, keys: Sequence[tuple[str, str, str]], slow: Built, fast: Built) -> None:
+        reason = (
+            f"the artifact measured {slow.measured_us or 0:.0f} µs with it, "
+            f"{fast.measured_us or 0:.0f} µs without"
+        )
+        for key in keys:
+            self.session.ledger.revise(key, REVERTED, reason)
+
+    # -- the artifact ---------------------------------------------------------------------
+
+    def _finish(
+        self, final: Built, before: Built | None, planner: Planner | None, probe: Probe | None
+    ) -> Compiled:
+        session, budget = self.session, self.budget
+        times = finish.learn_kernels(session, final) or {}
+        if times:
+            device.remember(session.backend, session.target, session.profile)
+        damage = self._artifact_damage(final)
+        metric = None
+        if budget.metric is not None:
+            teacher = planner.teacher_score if planner else self._score(session.teacher)
+            student = self._metric(lambda inputs: final.runner.run(finish.contiguous(inputs)))
+            assert teacher is not None
+            drop = budget.drop(teacher, student)
+            metric = {"teacher": teacher, "student": student, "drop": drop}
+        size = sum(f.stat().st_size for f in final.code.rglob("*") if f.is_file())
+        gates = _gates(budget, damage, metric, final.measured_us, size)
+        measurements: dict[str, Any] = {
+            "predicted_us": final.predicted_us,
+            "measured_us": final.measured_us,
+            "baseline_us": before.measured_us if before else None,
+            "baseline_predicted_us": before.predicted_us if before else None,
+            "kernels": [
+                {
+                    "name": k.name, "kind": k.kind, "dtype": k.dtype, "nodes": list(k.nodes),
+                    "predicted_us": predicted, "measured_us": times.get(k.name),
+                }
+                for k, predicted in zip(final.kernels, self._predictions(final), strict=True)
+            ],
+            "damage": damage,
+            "damage_measure": self.damage,
+            "metric": metric,
+            "macs": {"before": self._macs(session.teacher), "after": self._macs(final.program)},
+            "size_bytes": {"before": session.teacher.weight_bytes, "after": size},
+            "compile_seconds": dict(self.seconds),
+            "gates": gates,
+        }  # fmt: skip
+        contents = artifact.Contents(
+            program=final.program, teacher_hash=session.teacher.content_hash(),
+            target=session.target, backend_info=final.info, signature=self.signature,
+            ledger=session.ledger, options=self.options, versions=self._versions(),
+            measurements=measurements,
+        )  # fmt: skip
+        final.runner.close()
+        directory = Path(tempfile.mkdtemp(prefix="optcompiler-"))
+        artifact.assemble(final.code, contents, directory)
+        compiled = Compiled(directory, session.backend, owned=True, program=final.program)
+        failed = [g for g in gates if not g["passed"]]
+        if failed:
+            error = GateError(
+                "; ".join(f"{g['name']} is {g['value']:.4g}, over {g['limit']:.4g}" for g in failed)
+                + ": no plan found meets the budget; the best one is kept on the error."
+            )
+            error.compiled = compiled  # pyright: ignore[reportAttributeAccessIssue]
+            raise error
+        return compiled
+
+    def _predictions(self, built: Built) -> list[float]:
+        profile = device.estimate_only(self.session.profile)
+        return [self.session.cost_model.kernel_us(k, profile) for k in built.kernels]
+
+    def _artifact_damage(self, final: Built) -> float | None:
+        if not self.batches:
+            return None
+        judge = judge_of(self.session, self.batches, self.damage)
+        return judge.damage_of(lambda batch: final.runner.run(finish.contiguous(batch)))
+
+    def _macs(self, program: Program) -> int:
+        table = self.session.context.ops
+        total = 0
+        for node in program.inlined().graph:
+            spec = table.get(node)
+            total += spec.cost(node).macs if spec else 0
+        return total
+
+    def _versions(self) -> dict[str, str]:
+        found = {"python": platform.python_version()}
+        for name in ("optcompiler", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy"):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        return found | dict(self.session.backend.versions())
+
+
+def allowed_precisions(
+    precision: str, capabilities: Capabilities, target: Target
+) -> frozenset[str]:
+    """What passes may use: "auto" is all that the target has; a name adds to float32.
+
+    Raises `InputError` for a precision that the target lacks.
+    """
+    if precision == "auto":
+        return capabilities.precisions
+    if precision not in capabilities.precisions:
+        has = ", ".join(sorted(capabilities.precisions))
+        raise InputError(f"target {target} has no precision {precision!r}; it has {has}.")
+    return frozenset({"fp32", precision})
+
+
+def _gates(
+    budget: Budget, damage: float | None, metric: Mapping[str, float] | None,
+    measured_us: float | None, size: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    values = [
+        ("metric drop", budget.max_drop, metric["drop"] if metric else None),
+        ("damage", budget.max_damage, damage),
+        ("latency in ms", budget.max_latency_ms, measured_us and measured_us / 1000),
+        ("size in MB", budget.max_size_mb, size / 1e6),
+    ]
+    return [
+        {"name": name, "limit": limit, "value": value, "passed": value <= limit}
+        for name, limit, value in values
+        if limit is not None and value is not None
+    ]
+
+
+def _example(imported: Any, example_inputs: Any) -> Batch:
+    """The example inputs as a batch, or seeded random ones for an ONNX model without."""
+    program: Program = imported.program
+    if example_inputs is not None:
+        args, kwargs = ((), example_inputs)
+        if not isinstance(example_inputs, Mapping):
+            args, kwargs = tuple(example_inputs), {}
+        try:
+            return imported.signature.bind(args, kwargs)
+        except InputError:
+            if all(p.static for p in program.inputs):
+                raise
+    from optcompiler.synthesis import random_batch
+
+    return random_batch(program.inputs)
+
+
+def _samples(batch: Batch) -> int:
+    return max((a.shape[0] for a in batch.values() if a.ndim), default=1)
+
+
+def _few(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    kept: list[Batch] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        kept.append(batch)
+        samples -= _samples(batch)
+    return kept
+
+
+def _any_torch(tree: Any) -> bool:
+    if isinstance(tree, Mapping):
+        return any(_any_torch(v) for v in tree.values())
+    if isinstance(tree, (tuple, list)):
+        return any(_any_torch(v) for v in tree)
+    return type(tree).__module__.split(".")[0] == "torch"
+
+
+DeviceProfileOf = Callable[["Backend", Target], "DeviceProfile"]

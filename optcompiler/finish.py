@@ -1,0 +1,148 @@
+"""From a planned program to a measured artifact that is not slower than what it replaces."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from optcompiler.damage import largest_error, nmse, run_batches
+from optcompiler.device import interleaved_us
+from optcompiler.errors import OptcompilerError, UnsupportedOperatorError, VerificationError
+from optcompiler.program import Program
+
+if TYPE_CHECKING:
+    from optcompiler.backend import Kernel, Runner
+    from optcompiler.session import Session
+
+NOISE = 1.03
+"""An artifact that measures slower by more than this ratio is slower."""
+
+EXACT_ERROR = 1e-3
+"""Largest error, relative to the largest output, between an artifact in float and the executor."""
+
+INTEGER_ERROR = 0.05
+"""Largest mean squared error, relative to the output's variance, between an artifact with integer
+kernels and the executor's simulation of it. Rounding may differ by one level here and there."""
+
+
+@dataclass
+class Built:
+    """A program lowered, loaded and checked, in a scratch directory of its own."""
+
+    label: str
+    program: Program
+    code: Path
+    info: Mapping[str, Any]
+    runner: Runner
+    kernels: Sequence[Kernel]
+    predicted_us: float
+    measured_us: float | None = None
+
+    def close(self) -> None:
+        self.runner.close()
+        shutil.rmtree(self.code, ignore_errors=True)
+
+
+def build(session: Session, program: Program, label: str, *, check: bool = True) -> Built:
+    """Lower and load `program`, and compare its outputs with the FX executor's on the check batch.
+
+    Raises `VerificationError` when they disagree or hold NaN where the executor's do not.
+    """
+    code = Path(tempfile.mkdtemp(prefix="optcompiler-build-"))
+    try:
+        info = session.backend.lower(program, session.target, code)
+        runner = session.backend.load(code, info, threads=session.target.threads)
+    except BaseException:
+        shutil.rmtree(code, ignore_errors=True)
+        raise
+    kernels = session.kernels(program)
+    built = Built(label, program, code, info, runner, kernels, session.price_us(program))
+    if check:
+        try:
+            _compare(session, built)
+        except BaseException:
+            built.close()
+            raise
+    return built
+
+
+def _compare(session: Session, built: Built) -> None:
+    got = built.runner.run(contiguous(session.check))
+    names = [p.name for p in built.program.outputs]
+    expected = run_batches(built.program, [session.check], session.context.ops)
+    tensors = [torch.from_numpy(np.array(a)) for a in got]
+    integer = any(k.dtype not in ("fp32", "fp64") for k in built.kernels)
+    if not integer:
+        error = largest_error(expected, [tensors])
+        if not error <= EXACT_ERROR:
+            raise VerificationError(
+                f"{session.target}: the artifact's outputs differ from the program's by "
+                f"{error:.1e} of the largest; this is a fault of the backend, report it."
+            )
+        return
+    for name, e, g in zip(names, expected[0], tensors, strict=True):
+        if e.shape != g.shape or e.dtype != g.dtype:
+            raise VerificationError(
+                f"{session.target}: output {name!r} is {g.dtype}{list(g.shape)}, the program says "
+                f"{e.dtype}{list(e.shape)}; this is a fault of the backend, report it."
+            )
+        if not e.is_floating_point() or not e.numel():
+            continue
+        error = nmse(e, g)
+        if not error <= INTEGER_ERROR:
+            raise VerificationError(
+                f"{session.target}: output {name!r} differs from the program's by {error:.1e} of "
+                f"its variance; this is a fault of the backend, report it."
+            )
+
+
+def contiguous(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch as C-contiguous arrays."""
+    return {k: np.ascontiguousarray(v) for k, v in batch.items()}
+
+
+def measure(session: Session, built: Sequence[Built]) -> None:
+    """Time all in turn and store the medians; nothing where time says nothing (an interpreter)."""
+    if not built or not all(b.runner.timed for b in built):
+        return
+    inputs = contiguous(session.check)
+    times = interleaved_us([lambda b=b: b.runner.run(inputs) for b in built])
+    for b, microseconds in zip(built, times, strict=True):
+        b.measured_us = microseconds
+
+
+def learn_kernels(session: Session, built: Built) -> dict[str, float] | None:
+    """Per-kernel times of one artifact by kernel name, entered into the session's profile."""
+    if not built.runner.timed:
+        return None
+    times = built.runner.kernel_times_us(contiguous(session.check))
+    if not times:
+        return None
+    by_name = {k.name: k for k in built.kernels}
+    session.learned({by_name[n].signature: t for n, t in times.items() if n in by_name})
+    return times
+
+
+def slower(candidate: Built, reference: Built) -> bool:
+    """Whether `candidate` measured slower than `reference` beyond the noise."""
+    if candidate.measured_us is None or reference.measured_us is None:
+        return False
+    return candidate.measured_us > NOISE * reference.measured_us
+
+
+def try_build(session: Session, program: Program, label: str) -> Built | None:
+    """Like `build`, or None where the backend has no way to run this program."""
+    try:
+        return build(session, program, label, check=False)
+    except UnsupportedOperatorError:
+        return None
+    except OptcompilerError as error:
+        session.progress.note(f"{label}: {error}")
+        return None

@@ -1,0 +1,41 @@
+"""Seeded inputs made from the interface alone, for timing and for checking exact rewrites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from optcompiler.errors import InputError
+
+if TYPE_CHECKING:
+    from optcompiler.program import Port
+
+
+def random_batch(
+    ports: Sequence[Port], *, seed: int = 0, dynamic: int = 2
+) -> dict[str, np.ndarray]:
+    """One input per port: floats standard normal, integers in [0, 2), booleans fair.
+
+    Symbolic dimensions take the size `dynamic`. Integers stay small because they are usually
+    indices, masks or lengths. Raises `InputError` for a type that has no numpy counterpart.
+    """
+    rng = np.random.default_rng(seed)
+    batch: dict[str, np.ndarray] = {}
+    for port in ports:
+        shape = tuple(d if isinstance(d, int) else dynamic for d in port.shape)
+        try:
+            dtype = ir.DataType[port.dtype].numpy()
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"input {port.name!r} of type {port.dtype}: no example can be made; give one."
+            ) from error
+        if dtype == np.bool_ or np.issubdtype(dtype, np.integer):
+            batch[port.name] = rng.integers(0, 2, shape).astype(dtype)
+        elif dtype == np.dtype(object) or dtype.kind in "US":
+            raise InputError(f"input {port.name!r} holds strings: no example can be made; give one.")
+        else:
+            batch[port.name] = rng.standard_normal(shape).astype(dtype)
+    return batch

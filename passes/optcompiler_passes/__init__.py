@@ -1,0 +1,28 @@
+"""The built-in passes, one a file, registered as any third party's are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from optcompiler import hookimpl
+
+if TYPE_CHECKING:
+    from optcompiler import Pass
+
+
+@hookimpl
+def optcompiler_passes() -> Iterable[type[Pass]]:
+    from optcompiler_passes.distill import Distill
+    from optcompiler_passes.fold_batchnorm import FoldBatchNorm
+    from optcompiler_passes.fuse_operators import FuseOperators
+    from optcompiler_passes.insert_qdq import InsertQdq
+    from optcompiler_passes.pack_weights import PackWeights
+    from optcompiler_passes.prune_channels import PruneChannels
+    from optcompiler_passes.prune_dead_channels import PruneDeadChannels
+    from optcompiler_passes.simplify import Simplify
+
+    return [
+        Distill, FoldBatchNorm, FuseOperators, InsertQdq, PackWeights, PruneChannels,
+        PruneDeadChannels, Simplify,
+    ]  # fmt: skip
