@@ -1,0 +1,244 @@
+"""The artifact: a directory that says what it is, what it was made from, and why it is as it is.
+
+Layout::
+
+    manifest.json       what this is, and the SHA-256 of every other file
+    code/               what the backend wrote; its business alone
+    program.txt         structure of the final program, for people and for diff
+    ledger.json         every candidate and its outcome
+    measurements.json   what was predicted and measured
+    summary.txt         the same as a table
+
+Nothing in it is executed to read it; no file holds a time of day or an absolute path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import onnx_ir as ir
+
+from optcompiler._version import __version__
+from optcompiler.errors import InputError
+from optcompiler.files import files_under, inside, number, plain, sha256_of, to_json, write_text
+from optcompiler.ledger import Ledger, Row
+from optcompiler.program import Port, Program, tensor_hash
+from optcompiler.signature import Signature
+from optcompiler.summary import render
+from optcompiler.target import Target
+
+FORMAT = "optcompiler-artifact"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CODE = "code"
+_SMALL_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything an artifact says about itself.
+
+    `program` is the final program, `teacher_hash` the content hash of the imported one,
+    `backend_info` what `Backend.lower` returned, `options` what the compile was asked for.
+    `measurements` may hold "predicted_us", "measured_us", "baseline_us", "baseline_predicted_us",
+    "kernels" (dicts of name, kind, dtype, nodes, predicted_us, measured_us), "damage",
+    "damage_measure", "metric" (teacher, student, drop), "macs" and "size_bytes" (before, after),
+    "compile_seconds" (by stage) and "gates" (dicts of name, limit, value, passed); any may be
+    missing or None.
+    """
+
+    program: Program
+    teacher_hash: str
+    target: Target
+    backend_info: Mapping[str, Any]
+    signature: Signature
+    ledger: Ledger
+    options: dict[str, Any]
+    versions: dict[str, str]
+    measurements: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose files have been found to be what its manifest says."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    ledger: Ledger
+    measurements: dict[str, Any]
+    signature: Signature
+    target: Target
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    @property
+    def code(self) -> Path:
+        return self.directory / CODE
+
+    @property
+    def backend_info(self) -> Mapping[str, Any]:
+        return self.manifest["backend_info"]
+
+
+def assemble(code: Path, contents: Contents, directory: Path) -> dict[str, Any]:
+    """Make `directory` (absent or empty) an artifact, moving the folder `code` into it.
+
+    Returns the manifest. Equal contents and code give equal bytes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.move(code, directory / CODE)
+    manifest = _manifest(contents)
+    measurements = plain(contents.measurements)
+    write_text(directory / "program.txt", program_text(contents.program))
+    write_text(directory / "ledger.json", to_json(list(contents.ledger)))
+    write_text(directory / "measurements.json", to_json(measurements))
+    write_text(directory / "summary.txt", render(manifest, contents.ledger, measurements))
+    manifest["files"] = {
+        name: {
+            "sha256": sha256_of(directory / name),
+            "size_bytes": (directory / name).stat().st_size,
+        }
+        for name in files_under(directory)
+        if name != MANIFEST
+    }
+    manifest["code_hash"] = _code_hash(manifest["files"])
+    write_text(directory / MANIFEST, to_json(manifest))
+    return manifest
+
+
+def _manifest(contents: Contents) -> dict[str, Any]:
+    program = contents.program
+    return plain(
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "optcompiler": __version__,
+            "target": str(contents.target),
+            "backend": contents.target.backend,
+            "backend_info": contents.backend_info,
+            "interface": {"inputs": program.inputs, "outputs": program.outputs},
+            "signature": contents.signature.to_json(),
+            "options": contents.options,
+            "versions": contents.versions,
+            "program_hash": program.content_hash(),
+            "teacher_hash": contents.teacher_hash,
+        }
+    )
+
+
+def _code_hash(files: Mapping[str, Any]) -> str:
+    """One hash over the backend's files: what a rebuild has to reproduce, measurements aside."""
+    lines = [f"{k} {v['sha256']}\n" for k, v in sorted(files.items()) if k.startswith(f"{CODE}/")]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def program_text(program: Program) -> str:
+    """ONNX text without the weights above 1 KiB, which follow as comments with their hashes."""
+    copy = program.clone()
+    left_out: list[str] = []
+    for name, tensor in sorted(program.weights().items()):
+        if tensor.nbytes > _SMALL_BYTES:
+            copy.graph.initializers.pop(name)
+            shape = ", ".join(map(str, tensor.shape))
+            left_out.append(f"#   {name!r}: {tensor.dtype}[{shape}] sha256 {tensor_hash(tensor)}\n")
+    text = ir.to_onnx_text(copy.model).rstrip("\n") + "\n"
+    if left_out:
+        text += f"# weights above {_SMALL_BYTES} bytes, left out of the text:\n" + "".join(left_out)
+    return text
+
+
+def is_artifact(directory: str | Path) -> bool:
+    """Whether `directory` holds a manifest that calls itself one of ours; checks nothing else."""
+    try:
+        manifest = json.loads((Path(directory) / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and cast("dict[str, Any]", manifest).get("format") == FORMAT
+
+
+def open_artifact(directory: str | Path) -> Artifact:
+    """Read an artifact and hash every file that its manifest lists.
+
+    Raises `InputError` when the directory is none of ours or of a newer format, when a listed file
+    is missing, altered or outside the directory, and when `code/` holds a file that is not listed.
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory)
+    try:
+        _check_files(directory, manifest["files"])
+        interface = manifest["interface"]
+        return Artifact(
+            directory=directory,
+            manifest=manifest,
+            ledger=_ledger((directory / "ledger.json").read_text(encoding="utf-8")),
+            measurements=json.loads((directory / "measurements.json").read_text(encoding="utf-8")),
+            signature=Signature.from_json(manifest["signature"]),
+            target=Target.parse(manifest["target"]),
+            inputs=_ports(interface["inputs"]),
+            outputs=_ports(interface["outputs"]),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        raise InputError(
+            f"{directory}: not a whole artifact ({type(error).__name__}: {error}); compile again."
+        ) from error
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{directory} is not an artifact: {MANIFEST} cannot be read ({error.strerror}); "
+            f"give the directory that `optcompiler compile -o` wrote."
+        ) from error
+    except ValueError as error:
+        raise InputError(
+            f"{directory}: {MANIFEST} is not JSON ({error}); compile it again."
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:  # type: ignore[union-attr]
+        raise InputError(
+            f"{directory}: {MANIFEST} is not one of optcompiler's; give the directory that "
+            f"`optcompiler compile -o` wrote."
+        )
+    version = cast("dict[str, Any]", manifest).get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{directory}: artifact format {version!r}, but optcompiler {__version__} reads format "
+            f"{FORMAT_VERSION}; compile it again, or use the optcompiler that wrote it."
+        )
+    return cast("dict[str, Any]", manifest)
+
+
+def _check_files(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, entry in files.items():
+        path = inside(directory, name)
+        if not path.is_file():
+            raise InputError(f"{directory}: {name} is missing; compile or copy the artifact again.")
+        if path.stat().st_size != entry["size_bytes"] or sha256_of(path) != entry["sha256"]:
+            raise InputError(
+                f"{directory}: {name} is not the file that was compiled (its SHA-256 differs from "
+                f"the manifest's); compile or copy the artifact again."
+            )
+    for name in files_under(directory / CODE):
+        if f"{CODE}/{name}" not in files:
+            raise InputError(
+                f"{directory}: {CODE}/{name} is not in the manifest; remove it or compile again."
+            )
+
+
+def _ports(entries: list[dict[str, Any]]) -> tuple[Port, ...]:
+    return tuple(Port(e["name"], e["dtype"], tuple(e["shape"])) for e in entries)
+
+
+def _ledger(text: str) -> Ledger:
+    rows: list[dict[str, Any]] = json.loads(text)
+    for row in rows:
+        row |= {k: number(row[k]) for k in ("saving_us", "damage")}
+        row["nodes"] = tuple(row["nodes"])
+    return Ledger([Row(**row) for row in rows])
