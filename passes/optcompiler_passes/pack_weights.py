@@ -1,0 +1,194 @@
+"""Store quantised weights as integers, and the biases of integer kernels as 32-bit integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from optcompiler.observers import INTEGER_RANGES, quantize_array
+from optcompiler.program import Program, constant
+from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
+from optcompiler_passes._qdq import dequantizer
+
+_LIMIT = float(2**31 - 1)
+
+
+@dataclass(frozen=True)
+class PackWeights(Pass):
+    """Fold the quantisers of constants, and quantise biases to the scale of their accumulator.
+
+    Before:
+        w_quantized = QuantizeLinear <axis=0> (w, s_w, 0)
+        w_dequantized = DequantizeLinear <axis=0> (w_quantized, s_w, 0)
+        y = Conv (x_dequantized, w_dequantized, b)
+
+    After (`w_quantized` is an int8 initializer, `b_quantized` an int32 one):
+        w_dequantized = DequantizeLinear <axis=0> (w_quantized, s_w, 0)
+        b_dequantized = DequantizeLinear <axis=0> (b_quantized, s_x * s_w)
+        y = Conv (x_dequantized, w_dequantized, b_dequantized)
+
+    Rules:
+    1. Every QuantizeLinear whose operands are all constants becomes an initializer holding what the
+       ONNX operator computes; only integer types are folded.
+    2. A constant float bias of a Conv, or of a Gemm with alpha = beta = 1, becomes int32 with scale
+       s_x * s_w and zero point 0 when data and weight come from DequantizeLinear with constant
+       scales, that of the data for the whole tensor. That moves the bias by half a step of the
+       accumulator at most.
+    3. It declines a bias that would not fit 32 bits: that bias stays float.
+    """
+
+    name: ClassVar[str] = "pack-weights"
+    stage: ClassVar[Stage] = Stage.FUSE
+    summary: ClassVar[str] = "int8 weights and int32 biases stored as such"
+
+    rtol: float = 0.02
+
+    def propose(self, program: Program, context: PassContext) -> Iterable[Candidate | Decline]:
+        folds = tuple(str(n.name) for n in program.graph if _folded(n) is not None)
+        biases: list[str] = []
+        for node in program.graph:
+            found = _bias(node)
+            if isinstance(found, str):
+                yield Decline(str(node.name), found, (str(node.name),))
+            elif found is not None:
+                biases.append(str(node.name))
+        if not folds and not biases:
+            yield Decline("program", "no quantised constant and no bias of an integer kernel")
+            return
+        yield Candidate(
+            "program",
+            "pack",
+            pack,
+            exact=True,
+            nodes=(*folds, *biases),
+            rtol=self.rtol,
+            note=f"{len(folds)} constants to integers, {len(biases)} biases to int32",
+        )
+
+
+def pack(program: Program) -> None:
+    """Fold constants' quantisers, then quantise biases; raises `Declined` with nothing to do."""
+    changed = False
+    for node in tuple(program.graph):
+        tensor = _folded(node)
+        if tensor is not None:
+            _replace(program, node, tensor)
+            changed = True
+    for node in tuple(program.graph):
+        found = _bias(node)
+        if isinstance(found, _Bias):
+            _quantize_bias(program, node, found)
+            changed = True
+    if not changed:
+        raise Declined("nothing is left to pack.")
+    program.sweep()
+
+
+def _folded(node: ir.Node) -> ir.TensorProtocol | None:
+    """What a QuantizeLinear of constants computes; None for any other node."""
+    if node.op_type != "QuantizeLinear" or node.domain != "":
+        return None
+    arrays = [constant(v) for v in node.inputs if v is not None]
+    type_ = node.outputs[0].dtype
+    if any(a is None for a in arrays) or type_ is None or type_.name not in INTEGER_RANGES:
+        return None
+    if arrays[0] is None or arrays[1] is None or arrays[1].dtype != np.float32:
+        return None
+    zero_point = arrays[2].astype(np.int64) if len(arrays) > 2 and arrays[2] is not None else None
+    axis = node.attributes.get_int("axis", 1)
+    block = node.attributes.get_int("block_size", 0)
+    levels = quantize_array(arrays[0], arrays[1], zero_point, type_.name, axis, block)
+    return ir.tensor(levels.astype(type_.numpy()), dtype=type_)
+
+
+def _replace(program: Program, node: ir.Node, tensor: ir.TensorProtocol) -> None:
+    """Put an initializer of the same name in the place of the node's output."""
+    old = node.outputs[0]
+    name = str(old.name)
+    old.name = program.fresh_name(f"{name}_folded")
+    value = program.add_weight(name, tensor)
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
+    program.graph.remove(node, safe=True)
+
+
+@dataclass(frozen=True)
+class _Bias:
+    levels: np.ndarray
+    scale: np.ndarray
+
+
+def _bias(node: ir.Node) -> _Bias | str | None:
+    """The integer bias of a node, the reason why it stays float, or None where there is none."""
+    if node.op_type not in ("Conv", "Gemm") or node.domain != "" or len(node.inputs) < 3:
+        return None
+    bias = constant(node.inputs[2])
+    scales = [_scale(v) for v in node.inputs[:2]]
+    if bias is None or bias.dtype != np.float32 or scales[0] is None or scales[1] is None:
+        return None
+    data, weight = scales
+    channels = _channels(node)
+    if data is None or weight is None or data.size != 1 or channels is None:
+        return None
+    if weight.size not in (1, channels) or bias.size not in (1, channels):
+        return None
+    if node.op_type == "Gemm" and not _plain_gemm(node):
+        return f"the Gemm scales its operands, so its bias {_name(node.inputs[2])} stays float"
+    scale = data.reshape(()) * weight.reshape(-1)
+    if scale.size == 1:
+        scale = np.broadcast_to(scale, (channels,))
+    scale = np.ascontiguousarray(scale, np.float32)
+    flat = np.broadcast_to(bias.reshape(-1), (channels,)).astype(np.float64)
+    levels = np.rint(flat / scale.astype(np.float64))
+    over = int((np.abs(levels) > _LIMIT).sum())
+    if over:
+        return (
+            f"{over} of {channels} values of the bias {_name(node.inputs[2])} do not fit 32 bits "
+            f"at the scale of the accumulator, so it stays float"
+        )
+    return _Bias(levels.astype(np.int32), scale)
+
+
+def _scale(value: ir.Value | None) -> np.ndarray | None:
+    made = dequantizer(value)
+    return constant(made.inputs[1]) if made is not None else None
+
+
+def _channels(node: ir.Node) -> int | None:
+    shape = node.outputs[0].shape
+    axis = 1
+    if shape is None or len(shape) <= axis:
+        return None
+    size = shape[axis]
+    return size if isinstance(size, int) else None
+
+
+def _plain_gemm(node: ir.Node) -> bool:
+    get = node.attributes.get_float
+    return get("alpha", 1.0) == 1.0 and get("beta", 1.0) == 1.0
+
+
+def _quantize_bias(program: Program, node: ir.Node, bias: _Bias) -> None:
+    value = node.inputs[2]
+    assert value is not None
+    name = str(value.name)
+    operands = [
+        program.add_weight(f"{name}_quantized", bias.levels),
+        program.add_weight(f"{name}_scale", bias.scale),
+        program.add_weight(f"{name}_zero_point", np.zeros(bias.levels.shape, np.int32)),
+    ]
+    dequantize = ir.node(
+        "DequantizeLinear", operands, {"axis": 0}, name=program.fresh_name(f"{name}_dequantize")
+    )
+    result = dequantize.outputs[0]
+    result.name = program.fresh_name(f"{name}_dequantized")
+    result.type, result.shape = value.type, ir.Shape(bias.levels.shape)
+    program.graph.insert_before(node, dequantize)
+    node.replace_input_with(2, result)
+
+
+def _name(value: ir.Value | None) -> str:
+    return repr(value.name) if value is not None else "that is absent"
