@@ -31,6 +31,7 @@ from optcompiler.target import Target
 if TYPE_CHECKING:
     from optcompiler.backend import Backend, Capabilities
     from optcompiler.cost import DeviceProfile
+    from optcompiler.program import Port
     from optcompiler.signature import Signature
 
 WEIGHING_SAMPLES = 16
@@ -204,14 +205,16 @@ class _Job:
                 tensors = [torch.from_numpy(np.ascontiguousarray(inputs[n])) for n in names]
                 return [t.numpy() for t in module(*tensors)]
 
-        return self._metric(run)
+        return self._metric(run, self.signature)
 
-    def _metric(self, run: Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]) -> float:
+    def _metric(
+        self, run: Callable[[Mapping[str, np.ndarray]], list[np.ndarray]], signature: Signature
+    ) -> float:
         def call(*args: Any, **kwargs: Any) -> Any:
-            bound = self.signature.bind(args, kwargs)
-            return self.signature.restore(run(bound), like_torch=_any_torch((args, kwargs)))
+            bound = signature.bind(args, kwargs)
+            return signature.restore(run(bound), like_torch=_any_torch((args, kwargs)))
 
-        size = self._static_batch()
+        size = fixed_batch(signature.inputs)
         model = Batched(call, size) if size is not None else call
         assert self.budget.metric is not None
         try:
@@ -226,11 +229,6 @@ class _Job:
         if not np.isfinite(value):
             raise InputError(f"the metric gave {value}; it must return a finite number.")
         return value
-
-    def _static_batch(self) -> int | None:
-        firsts = {p.shape[0] for p in self.session.teacher.inputs if p.shape}
-        size = next(iter(firsts)) if len(firsts) == 1 else None
-        return size if isinstance(size, int) else None
 
     # -- building and measuring -----------------------------------------------------------
 
@@ -299,11 +297,14 @@ class _Job:
         times = finish.learn_kernels(session, final) or {}
         if times:
             device.remember(session.backend, session.target, session.profile)
+        signature = self.signature.with_ports(final.program)
         damage = self._artifact_damage(final)
         metric = None
         if budget.metric is not None:
             teacher = planner.teacher_score if planner else self._score(session.teacher)
-            student = self._metric(lambda inputs: final.runner.run(finish.contiguous(inputs)))
+            student = self._metric(
+                lambda inputs: final.runner.run(finish.contiguous(inputs)), signature
+            )
             assert teacher is not None
             drop = budget.drop(teacher, student)
             metric = {"teacher": teacher, "student": student, "drop": drop}
@@ -331,7 +332,7 @@ class _Job:
         }  # fmt: skip
         contents = artifact.Contents(
             program=final.program, teacher_hash=session.teacher.content_hash(),
-            target=session.target, backend_info=final.info, signature=self.signature,
+            target=session.target, backend_info=final.info, signature=signature,
             ledger=session.ledger, options=self.options, versions=self._versions(),
             measurements=measurements,
         )  # fmt: skip
@@ -341,12 +342,11 @@ class _Job:
         compiled = Compiled(directory, session.backend, owned=True, program=final.program)
         failed = [g for g in gates if not g["passed"]]
         if failed:
-            error = GateError(
+            raise GateError(
                 "; ".join(f"{g['name']} is {g['value']:.4g}, over {g['limit']:.4g}" for g in failed)
-                + ": no plan found meets the budget; the best one is kept on the error."
+                + ": no plan found meets the budget; the best one is kept on the error.",
+                compiled,
             )
-            error.compiled = compiled  # pyright: ignore[reportAttributeAccessIssue]
-            raise error
         return compiled
 
     def _predictions(self, built: Built) -> list[float]:
@@ -357,7 +357,14 @@ class _Job:
         if not self.batches:
             return None
         judge = judge_of(self.session, self.batches, self.damage)
-        return judge.damage_of(lambda batch: final.runner.run(finish.contiguous(batch)))
+        names = [p.name for p in final.program.inputs]
+
+        def run(*arrays: np.ndarray) -> list[np.ndarray]:
+            return final.runner.run(finish.contiguous(dict(zip(names, arrays, strict=True))))
+
+        size = fixed_batch(final.program.inputs)
+        call = Batched(run, size) if size is not None else run
+        return judge.damage_of(lambda batch: call(*(batch[n] for n in names)))
 
     def _macs(self, program: Program) -> int:
         table = self.session.context.ops
@@ -369,7 +376,15 @@ class _Job:
 
     def _versions(self) -> dict[str, str]:
         found = {"python": platform.python_version()}
-        for name in ("optcompiler", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy"):
+        for name in (
+            "optcompiler",
+            "torch",
+            "onnx",
+            "onnx-ir",
+            "onnxscript",
+            "onnxruntime",
+            "numpy",
+        ):
             try:
                 found[name] = version(name)
             except PackageNotFoundError:
@@ -424,6 +439,13 @@ def _example(imported: Any, example_inputs: Any) -> Batch:
     from optcompiler.synthesis import random_batch
 
     return random_batch(program.inputs)
+
+
+def fixed_batch(ports: Sequence[Port]) -> int | None:
+    """The first dimension that all inputs share, when it is fixed."""
+    firsts = {p.shape[0] for p in ports if p.shape}
+    size = next(iter(firsts)) if len(firsts) == 1 else None
+    return size if isinstance(size, int) else None
 
 
 def _samples(batch: Batch) -> int:

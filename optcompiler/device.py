@@ -104,7 +104,13 @@ def machine_name() -> str:
 
 
 def _key(backend: Backend, target: Target) -> str:
-    facts = [FORMAT, machine_name(), os.cpu_count(), str(target), sorted(backend.versions().items())]
+    facts = [
+        FORMAT,
+        machine_name(),
+        os.cpu_count(),
+        str(target),
+        sorted(backend.versions().items()),
+    ]
     flags = Path("/proc/cpuinfo")
     if flags.exists():
         facts.append(next((x for x in flags.read_text().splitlines() if x.startswith("flags")), ""))
@@ -355,7 +361,9 @@ def _conv(
     int8: bool = False,
 ) -> tuple[str, dict[str, np.ndarray]]:  # fmt: skip
     weight, bias, pad = w(o, c // group, kernel, kernel), w(o), kernel // 2
-    attributes = f"<group = {group}, kernel_shape = [{kernel},{kernel}], pads = [{pad},{pad},{pad},{pad}]>"
+    attributes = (
+        f"<group = {group}, kernel_shape = [{kernel},{kernel}], pads = [{pad},{pad},{pad},{pad}]>"
+    )
     if int8:
         lines, constants = _quantized(f"Conv {attributes} (xd, wd, bd)", weight, bias, 0)
     else:

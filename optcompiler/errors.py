@@ -6,7 +6,10 @@ remedy.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from optcompiler.compiled import Compiled
 
 
 class OptcompilerError(Exception):
@@ -16,9 +19,16 @@ class OptcompilerError(Exception):
 
 
 class GateError(OptcompilerError):
-    """A gate failed: accuracy, budget or verification."""
+    """A gate failed: accuracy, budget or verification.
+
+    `compiled` is the best artifact found when a budget was missed, else None.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, compiled: Compiled | None = None) -> None:
+        super().__init__(message)
+        self.compiled = compiled
 
 
 class VerificationError(GateError):

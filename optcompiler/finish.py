@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from optcompiler.binding import fit
 from optcompiler.damage import largest_error, nmse, run_batches
 from optcompiler.device import interleaved_us
 from optcompiler.errors import OptcompilerError, UnsupportedOperatorError, VerificationError
@@ -56,14 +57,16 @@ def build(session: Session, program: Program, label: str, *, check: bool = True)
     Raises `VerificationError` when they disagree or hold NaN where the executor's do not.
     """
     code = Path(tempfile.mkdtemp(prefix="optcompiler-build-"))
+    program = session.bound(program)
     try:
         info = session.backend.lower(program, session.target, code)
         runner = session.backend.load(code, info, threads=session.target.threads)
     except BaseException:
         shutil.rmtree(code, ignore_errors=True)
         raise
-    kernels = session.kernels(program)
-    built = Built(label, program, code, info, runner, kernels, session.price_us(program))
+    kernels = session.backend.kernels(program, session.target)
+    built = Built(label, program, code, info, runner, kernels,
+                  session.cost_model.program_us(kernels, session.profile))  # fmt: skip
     if check:
         try:
             _compare(session, built)
@@ -74,9 +77,9 @@ def build(session: Session, program: Program, label: str, *, check: bool = True)
 
 
 def _compare(session: Session, built: Built) -> None:
-    got = built.runner.run(contiguous(session.check))
+    got = built.runner.run(sample_of(session))
     names = [p.name for p in built.program.outputs]
-    expected = run_batches(built.program, [session.check], session.context.ops)
+    expected = run_batches(built.program, [sample_of(session)], session.context.ops)
     tensors = [torch.from_numpy(np.array(a)) for a in got]
     integer = any(k.dtype not in ("fp32", "fp64") for k in built.kernels)
     if not integer:
@@ -108,11 +111,16 @@ def contiguous(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k: np.ascontiguousarray(v) for k, v in batch.items()}
 
 
+def sample_of(session: Session) -> dict[str, np.ndarray]:
+    """The check batch cut to the target's sizes, contiguous."""
+    return fit(session.check, session.teacher.inputs, session.target.sizes)
+
+
 def measure(session: Session, built: Sequence[Built]) -> None:
     """Time all in turn and store the medians; nothing where time says nothing (an interpreter)."""
     if not built or not all(b.runner.timed for b in built):
         return
-    inputs = contiguous(session.check)
+    inputs = sample_of(session)
     times = interleaved_us([lambda b=b: b.runner.run(inputs) for b in built])
     for b, microseconds in zip(built, times, strict=True):
         b.measured_us = microseconds
@@ -122,7 +130,7 @@ def learn_kernels(session: Session, built: Built) -> dict[str, float] | None:
     """Per-kernel times of one artifact by kernel name, entered into the session's profile."""
     if not built.runner.timed:
         return None
-    times = built.runner.kernel_times_us(contiguous(session.check))
+    times = built.runner.kernel_times_us(sample_of(session))
     if not times:
         return None
     by_name = {k.name: k for k in built.kernels}

@@ -154,7 +154,9 @@ class Registry:
                     "passes": [n for n, (o, _) in self._passes.items() if o is loaded],
                     "backends": [n for n, (o, _) in self._backends.items() if o is loaded],
                     "hooks": sorted(
-                        h for h in _hook_names() if self.manager.parse_hookimpl_opts(loaded.plugin, h)
+                        h
+                        for h in _hook_names()
+                        if self.manager.parse_hookimpl_opts(loaded.plugin, h)
                     ),
                 }
             )
@@ -189,9 +191,7 @@ def _entry_points(load: Iterable[str] | None) -> list[importlib.metadata.EntryPo
     wanted = list(load)
     missing = [n for n in wanted if n not in seen]
     if missing:
-        raise InputError(
-            f"no plugin {missing[0]!r}; installed are {', '.join(seen) or 'none'}."
-        )
+        raise InputError(f"no plugin {missing[0]!r}; installed are {', '.join(seen) or 'none'}.")
     return [e for n, e in seen.items() if n in wanted]
 
 

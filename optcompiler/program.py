@@ -370,9 +370,7 @@ def consumed(node: ir.Node) -> Iterator[ir.Value]:
 
 def node_fingerprint(node: ir.Node) -> str:
     """Operator, operands and attributes of a node as one line."""
-    attributes = ";".join(
-        f"{k}={_attribute_text(a)}" for k, a in sorted(node.attributes.items())
-    )
+    attributes = ";".join(f"{k}={_attribute_text(a)}" for k, a in sorted(node.attributes.items()))
     operands = ",".join("" if v is None else str(v.name) for v in node.inputs)
     results = ",".join(str(v.name) for v in node.outputs)
     return f"{node.name}: {results} = {node.domain}::{node.op_type}:{node.overload}({operands}) {attributes}"

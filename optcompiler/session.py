@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from optcompiler.backend import Backend, Kernel
+from optcompiler.binding import bind
 from optcompiler.cost import CostModel, DeviceProfile
 from optcompiler.damage import Judge, Outputs, largest_error, run_batches
 from optcompiler.errors import Declined, PluginError, UnsupportedOperatorError, VerificationError
@@ -42,14 +43,20 @@ class Session:
     """One batch on which exact rewrites are compared."""
     ledger: Ledger = field(default_factory=Ledger)
     _outputs: tuple[Program, list[Outputs]] | None = None
-    _prices: dict[int, tuple[Program, float]] = field(default_factory=dict[int, tuple[Program, float]])
+    _prices: dict[int, tuple[Program, float]] = field(
+        default_factory=dict[int, tuple[Program, float]]
+    )
 
     @property
     def progress(self) -> Progress:
         return self.context.progress
 
+    def bound(self, program: Program) -> Program:
+        """The program with the target's sizes, as the backend sees it."""
+        return bind(program, self.target.sizes)
+
     def kernels(self, program: Program) -> Sequence[Kernel]:
-        return self.backend.kernels(program, self.target)
+        return self.backend.kernels(self.bound(program), self.target)
 
     def price_us(self, program: Program) -> float:
         """Predicted microseconds of one call; infinite for a program the backend cannot lower."""
@@ -82,9 +89,7 @@ class Session:
 
     # -- proposals ------------------------------------------------------------------------
 
-    def propose(
-        self, pass_: Pass, program: Program, *, record: bool = True
-    ) -> list[Candidate]:
+    def propose(self, pass_: Pass, program: Program, *, record: bool = True) -> list[Candidate]:
         """The pass's candidates on `program`; what it declines goes to the ledger."""
         try:
             offered = list(pass_.propose(program, self.context))

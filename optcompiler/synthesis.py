@@ -35,7 +35,9 @@ def random_batch(
         if dtype == np.bool_ or np.issubdtype(dtype, np.integer):
             batch[port.name] = rng.integers(0, 2, shape).astype(dtype)
         elif dtype == np.dtype(object) or dtype.kind in "US":
-            raise InputError(f"input {port.name!r} holds strings: no example can be made; give one.")
+            raise InputError(
+                f"input {port.name!r} holds strings: no example can be made; give one."
+            )
         else:
             batch[port.name] = rng.standard_normal(shape).astype(dtype)
     return batch

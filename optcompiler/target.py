@@ -13,23 +13,36 @@ class Target:
     """A backend with its options; immutable and hashable.
 
     `threads` is how many CPU threads the artifact runs with (None: every core this process may
-    use). Any further keyword is an option of the backend (`isa="avx512_vnni"`), whose names and
-    values the backend checks.
+    use). `sizes` fixes symbolic dimensions by name (`{"batch": 1}`), which backends that generate
+    code need. Any further keyword is an option of the backend (`isa="avx512_vnni"`), whose names
+    and values the backend checks.
     """
 
-    __slots__ = ("backend", "options", "threads")
+    __slots__ = ("backend", "options", "sizes", "threads")
 
     backend: str
     threads: int
+    sizes: Mapping[str, int]
     options: Mapping[str, str]
 
-    def __init__(self, backend: str, *, threads: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        backend: str,
+        *,
+        threads: int | None = None,
+        sizes: Mapping[str, int] | None = None,
+        **options: Any,
+    ) -> None:
         if threads is None:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         if threads < 1:
             raise InputError(f"target {backend}: threads={threads}; give 1 or more.")
         object.__setattr__(self, "backend", backend)
         object.__setattr__(self, "threads", threads)
+        for name, size in (sizes or {}).items():
+            if size < 1:
+                raise InputError(f"target {backend}: size {name}={size}; give 1 or more.")
+        object.__setattr__(self, "sizes", dict(sorted((sizes or {}).items())))
         object.__setattr__(self, "options", {k: str(v) for k, v in sorted(options.items())})
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -37,23 +50,29 @@ class Target:
 
     @classmethod
     def parse(cls, text: str | Target) -> Target:
-        """Read `"cpu"` or `"cpu:threads=2,isa=avx2"`."""
+        """Read `"cpu"`, `"cpu:threads=2,isa=avx2"` or `"cpu:size.batch=1"`."""
         if isinstance(text, Target):
             return text
         backend, _, rest = text.partition(":")
         options: dict[str, str] = {}
+        sizes: dict[str, int] = {}
         for item in filter(None, rest.split(",")):
             key, sep, value = item.partition("=")
+            if sep and key.startswith("size.") and value.isdigit():
+                sizes[key.removeprefix("size.")] = int(value)
+                continue
             if not sep or not key.isidentifier():
                 raise InputError(f"target {text!r}: {item!r} is not key=value.")
             options[key] = value
         threads = options.pop("threads", None)
         if threads is not None and not threads.isdigit():
             raise InputError(f"target {text!r}: threads={threads!r} is not a whole number.")
-        return cls(backend, threads=int(threads) if threads else None, **options)
+        return cls(backend, threads=int(threads) if threads else None, sizes=sizes, **options)
 
     def __str__(self) -> str:
-        items = [f"threads={self.threads}", *(f"{k}={v}" for k, v in self.options.items())]
+        items = [f"threads={self.threads}"]
+        items += [f"size.{k}={v}" for k, v in self.sizes.items()]
+        items += [f"{k}={v}" for k, v in self.options.items()]
         return f"{self.backend}:{','.join(items)}"
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from optcompiler.backend import Capabilities
@@ -37,6 +38,28 @@ INT8 = Capabilities(
     integer_ops=frozenset({"Conv", "MatMul", "Gemm", "Add"}),
     fusions=frozenset({"contraction", "pointwise", "normalization", "softmax", "attention"}),
 )
+
+
+def filled_program(text: str, seed: int = 0, **weights: np.ndarray) -> Program:
+    """A program from ONNX text whose declared but undefined tensors become weights.
+
+    `float[8,3,3,3] w` between angle brackets gets seeded values of variance 1 / fan-in (names that
+    begin with "var" are positive), unless `weights` gives them.
+    """
+    model = onnx.parser.parse_model(text)
+    graph = model.graph
+    known = {i.name for i in graph.initializer} | {v.name for v in graph.input}
+    known |= {name for node in graph.node for name in node.output}
+    rng = np.random.default_rng(seed)
+    for info in [v for v in graph.value_info if v.name not in known]:
+        shape = [d.dim_value for d in info.type.tensor_type.shape.dim]
+        fan_in = max(1, int(np.prod(shape[1:])) if len(shape) != 2 else shape[0])
+        array = rng.standard_normal(shape) / np.sqrt(fan_in)
+        array = np.abs(array) + 0.1 if info.name.startswith("var") else array
+        array = weights.get(info.name, array).astype(np.float32)
+        graph.initializer.append(onnx.numpy_helper.from_array(array, info.name))
+        graph.value_info.remove(info)
+    return Program.from_onnx(model)
 
 
 class Silent:

@@ -160,15 +160,15 @@ def attributes_of(node: ir.Node) -> Mapping[str, Any]:
     if node.domain == "":
         version = node.version or (node.graph.opset_imports.get("") if node.graph else None)
         try:
-            schema = onnx.defs.get_schema(node.op_type, version or onnx.defs.onnx_opset_version(), "")
+            schema = onnx.defs.get_schema(
+                node.op_type, version or onnx.defs.onnx_opset_version(), ""
+            )
         except onnx.defs.SchemaError:
             schema = None
         if schema is not None:
             for name, attribute in schema.attributes.items():
                 default = attribute.default_value
-                values[name] = (
-                    onnx.helper.get_attribute_value(default) if default.type else None
-                )
+                values[name] = onnx.helper.get_attribute_value(default) if default.type else None
     for name, attribute in node.attributes.items():
         values[name] = attribute.value
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}

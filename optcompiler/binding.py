@@ -1,0 +1,86 @@
+"""Giving symbolic dimensions a fixed size, for backends that generate code for fixed shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from optcompiler.errors import InputError
+from optcompiler.program import Program
+
+if TYPE_CHECKING:
+    from optcompiler.program import Port
+
+
+def symbols(program: Program) -> list[str]:
+    """Names of the symbolic dimensions of the inputs, in order of appearance."""
+    found = [d for p in program.inputs for d in p.shape if isinstance(d, str)]
+    return list(dict.fromkeys(found))
+
+
+def bind(program: Program, sizes: Mapping[str, int]) -> Program:
+    """`program` with the named dimensions fixed: shapes inferred anew, shape arithmetic folded.
+
+    The program itself is returned when none of its dimensions is named. Names of surviving nodes
+    and values stay. Raises `InputError` for a name that no input has.
+    """
+    if not sizes:
+        return program
+    have = symbols(program)
+    missing = [s for s in sizes if s not in have]
+    if missing and (have or not all(p.static for p in program.inputs)):
+        raise InputError(
+            f"sizes: no input has a dimension {missing[0]!r}; there is {', '.join(have) or 'none'}."
+        )
+    if not have:
+        return program
+    copy = program.clone()
+    for value in copy.graph.inputs:
+        if value.shape is not None:
+            value.shape = ir.Shape([sizes.get(str(d.value), d) if not isinstance(d, int) else d
+                                    for d in value.shape])  # fmt: skip
+    for value in copy.graph.outputs:
+        value.shape = None
+    _infer(copy)
+    _fold_shape_arithmetic(copy)
+    _infer(copy)
+    return copy
+
+
+def _infer(program: Program) -> None:
+    outputs = list(program.graph.outputs)
+    program.infer_shapes()
+    for value in outputs:
+        if value.shape is None:
+            raise InputError(f"sizes: the shape of output {value.name!r} cannot be inferred.")
+
+
+def _fold_shape_arithmetic(program: Program) -> None:
+    from onnxscript import optimizer
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return None if all(_is_index(v) for v in node.outputs) else False
+
+    optimizer.optimize_ir(program.model, num_iterations=2, inline=False, should_fold=should_fold)
+
+
+def _is_index(value: ir.Value) -> bool:
+    return value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+
+
+def fit(
+    batch: Mapping[str, np.ndarray], ports: Sequence[Port], sizes: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """The batch cut (or repeated) along its symbolic dimensions to the given sizes."""
+    fitted: dict[str, np.ndarray] = {}
+    for port in ports:
+        array = batch[port.name]
+        for axis, dim in enumerate(port.shape):
+            if isinstance(dim, str) and dim in sizes:
+                index = np.arange(sizes[dim]) % max(array.shape[axis], 1)
+                array = np.take(array, index, axis=axis)
+        fitted[port.name] = np.ascontiguousarray(array)
+    return fitted
