@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test quick check format benchmark clean
+
+demo: $(VENV)/.installed ## train a small CNN on digits, compile it for cpu and onnxruntime, print the table
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/.installed ## every test
+	$(BIN)/python -m pytest -n auto -q
+
+quick: $(VENV)/.installed ## tests that take under ten seconds each
+	$(BIN)/python -m pytest -n auto -q -m "not slow"
+
+check: $(VENV)/.installed ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.installed ## the table of docs/benchmarks.md (needs the benchmark extra)
+	$(BIN)/pip install -q -c constraints.txt -e '.[benchmark]'
+	$(BIN)/python benchmarks/spine.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch -c constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
