@@ -7,8 +7,9 @@ import contextlib
 import logging
 import os
 import stat
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     _set_ir_version(program.model)
     try:
         program.infer_shapes()
-        _infer_outputs(program)
+        infer_outputs(program)
         program.verify()
     except VerificationError as error:
         raise InputError(f"{label}: {error} Fix the model or export it again.") from error
@@ -317,14 +318,14 @@ def _separate_outputs(graph: ir.Graph) -> None:
 
 
 def _at_minimum_opset(model: ir.Model) -> ir.Model:
-    """`model` at `MINIMUM_OPSET` or later, or as it is where the converters cannot take it there."""
+    """`model` at `MINIMUM_OPSET` or later; as it is where the converters cannot take it there."""
     if model.graph.opset_imports[""] >= MINIMUM_OPSET or model.functions:
         return model
     from onnxscript import version_converter
 
     converted = model.clone()
     try:
-        with quiet("onnxscript", "onnx_ir"):
+        with quiet():
             version_converter.convert_version(converted, MINIMUM_OPSET, fallback=True)
         for node in converted.graph.all_nodes():
             node.version = None
@@ -440,29 +441,26 @@ def _set_ir_version(model: ir.Model) -> None:
     model.ir_version = max(MINIMUM_IR_VERSION, needed)
 
 
-def _infer_outputs(program: Program) -> None:
-    """Give graph outputs the dimensions that inference finds and the file left open."""
-    graph = program.graph
-    proto = ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)
-    if all(
-        v.shape is not None and v.dtype is not None and v.shape.is_static() for v in graph.outputs
-    ):
+def infer_outputs(program: Program) -> None:
+    """Give graph outputs the type and dimensions that inference finds and the file left open."""
+    outputs = program.graph.outputs
+    if all(v.type is not None and v.shape is not None and v.shape.is_static() for v in outputs):
         return
     inferred = program.clone()
-    proto(inferred.model)
-    for value, found in zip(graph.outputs, inferred.graph.outputs, strict=True):
+    with quiet():
+        ir_passes.ShapeInferencePass(strict_mode=False, data_prop=True)(inferred.model)
+    for value, found in zip(outputs, inferred.graph.outputs, strict=True):
         if value.type is None:
             value.type = found.type
-        if found.shape is None:
+        if found.shape is None or (
+            value.shape is not None and len(value.shape) != len(found.shape)
+        ):
             continue
-        if value.shape is None:
-            value.shape = found.shape
-            continue
-        if len(value.shape) == len(found.shape):
-            value.shape = ir.Shape(
-                f if not isinstance(d, int) and isinstance(f, int) else d
-                for d, f in zip(value.shape, found.shape, strict=True)
-            )
+        known = value.shape or ir.Shape([None] * len(found.shape))
+        value.shape = ir.Shape(
+            f if not isinstance(d, int) and (isinstance(f, int) or d.value is None) else d
+            for d, f in zip(known, found.shape, strict=True)
+        )
 
 
 def _check_interface(program: Program, label: str) -> None:
@@ -486,18 +484,16 @@ def _check_interface(program: Program, label: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet(*loggers: str) -> Iterator[None]:
-    """Silence the named loggers and everything below them for the duration."""
-    found = [logging.getLogger(name) for name in loggers]
-    levels = [(logger, logger.level, logger.disabled) for logger in found]
-    for logger in found:
-        logger.setLevel(logging.CRITICAL + 1)
+def quiet() -> Generator[None]:
+    """No log records and no warnings for the duration: exporters have much to say."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        for logger, level, disabled in levels:
-            logger.setLevel(level)
-            logger.disabled = disabled
+        logging.disable(before)
 
 
 def _one_line(error: Exception) -> str:

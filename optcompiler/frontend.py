@@ -1,0 +1,159 @@
+"""One door for every kind of model: `import_model` gives a program and how to call it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import onnx
+import onnx_ir as ir
+
+from optcompiler.errors import InputError
+from optcompiler.importing import infer_outputs, program_from_onnx
+from optcompiler.program import Program, shape_of
+from optcompiler.signature import Signature, is_torch
+
+Dynamic = Mapping[str, Mapping[int, str]] | str | None
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model as the compiler sees it, and the way its user calls it."""
+
+    program: Program
+    signature: Signature
+
+
+def import_model(model: Any, example_inputs: Any = None, *, dynamic: Dynamic = None) -> Imported:
+    """Import a torch or ONNX model; the argument is left as it is.
+
+    `model`: an nn.Module (traced in eval mode), torch.fx.GraphModule, ExportedProgram, the path
+    of a .pt2 or .onnx file, an onnx.ModelProto, onnx_ir.Model or Program. `example_inputs`: a tuple
+    of positional arguments, a dict of arguments by name, or one tensor; tracing a module needs
+    them, and an ONNX model with symbolic dimensions gets the sizes of the examples.
+
+    `dynamic` keeps dimensions symbolic: `{"x": {0: "batch"}}` by input and dimension, or "batch"
+    for dimension 0 of every input. Everything else becomes static where examples are given.
+
+    Raises `InputError` for a model that cannot be read or traced, examples that do not fit it and
+    NaN weights; `UnsupportedOperatorError` for an operator that has no ONNX form.
+    """
+    if isinstance(model, Program):
+        return _from_program(model, example_inputs, dynamic)
+    if isinstance(model, (onnx.ModelProto, ir.Model)):
+        return _from_program(program_from_onnx(model), example_inputs, dynamic)
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(cast("str | os.PathLike[str]", model))
+        if path.suffix != ".pt2":
+            return _from_program(program_from_onnx(path), example_inputs, dynamic)
+        from optcompiler.frontend_torch import load_exported, program_from_exported
+
+        return Imported(*program_from_exported(load_exported(path), dynamic=dynamic))
+    if "torch" in sys.modules:
+        from optcompiler import frontend_torch
+
+        found = frontend_torch.program_from_torch(model, example_inputs, dynamic)
+        if found is not None:
+            return Imported(*found)
+    raise InputError(
+        f"a {type(model).__name__} is not a model; give an nn.Module, an ExportedProgram, "
+        f"the path of a .pt2 or .onnx file, an onnx.ModelProto or an onnx_ir.Model."
+    )
+
+
+def split_examples(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments of `example_inputs`: a tuple, a list, a dict or one tensor."""
+    if isinstance(example_inputs, Mapping):
+        named = cast(Mapping[Any, Any], example_inputs)
+        wrong = [k for k in named if not isinstance(k, str)]
+        if wrong:
+            raise InputError(f"example inputs are named by {wrong[0]!r}; name them by strings.")
+        return (), dict(named)
+    if is_torch(example_inputs) or not isinstance(example_inputs, (tuple, list)):
+        return (example_inputs,), {}
+    return tuple(cast(Sequence[Any], example_inputs)), {}
+
+
+def _from_program(program: Program, example_inputs: Any, dynamic: Dynamic) -> Imported:
+    signature = Signature.of_program(program)
+    kept = _kept(signature, dynamic)
+    if example_inputs is None:
+        return Imported(program, signature)
+    args, kwargs = split_examples(example_inputs)
+    arrays = signature.bind(args, kwargs)
+    sizes = {
+        (p.name, axis): arrays[p.name].shape[axis]
+        for p in program.inputs
+        for axis, dim in enumerate(p.shape)
+        if not isinstance(dim, int) and (p.name, axis) not in kept
+    }
+    if sizes:
+        program = fix_dimensions(program, sizes)
+    return Imported(program, Signature.of_program(program))
+
+
+def _kept(signature: Signature, dynamic: Dynamic) -> set[tuple[str, int]]:
+    if dynamic is None:
+        return set()
+    if isinstance(dynamic, str):
+        return {(p.name, 0) for p in signature.inputs if p.shape}
+    kept: set[tuple[str, int]] = set()
+    ports = {p.name: p for p in signature.inputs}
+    for name, axes in dynamic.items():
+        for axis in axes:
+            if name not in ports or axis >= len(ports[name].shape):
+                raise InputError(
+                    f"dynamic names dimension {axis} of {name!r}, which the model does not have; "
+                    f"its inputs are {', '.join(map(str, signature.inputs))}."
+                )
+            if isinstance(ports[name].shape[axis], int):
+                raise InputError(
+                    f"dynamic names dimension {axis} of {ports[name]}, which the model fixes; "
+                    f"export it again with that dimension symbolic."
+                )
+            kept.add((name, axis))
+    return kept
+
+
+def fix_dimensions(program: Program, sizes: Mapping[tuple[str, int], int]) -> Program:
+    """A copy of `program` with the given dimensions (input name, axis) of its inputs fixed.
+
+    A symbol is fixed everywhere unless another input keeps it. Raises `VerificationError` when the
+    program is not valid at these sizes.
+    """
+    copy = program.clone()
+    symbols: dict[str, int] = {}
+    kept: set[str] = set()
+    for value in copy.graph.inputs:
+        for axis, dim in enumerate(shape_of(value)):
+            if isinstance(dim, int):
+                continue
+            if (value.name or "", axis) in sizes:
+                symbols[dim] = sizes[value.name or "", axis]
+            else:
+                kept.add(dim)
+    for value in copy.graph.inputs:
+        value.shape = ir.Shape(
+            sizes.get((value.name or "", axis), _named(dim))
+            for axis, dim in enumerate(shape_of(value))
+        )
+    for name in kept | {"?"}:
+        symbols.pop(name, None)
+    for value in copy.graph.outputs:
+        value.shape = ir.Shape(
+            symbols.get(dim, _named(dim)) if isinstance(dim, str) else dim
+            for dim in shape_of(value)
+        )
+    copy.infer_shapes()
+    infer_outputs(copy)
+    copy.infer_shapes()
+    copy.verify()
+    return copy
+
+
+def _named(dim: int | str) -> int | str | None:
+    return None if dim == "?" else dim
