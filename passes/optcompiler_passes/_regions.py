@@ -174,8 +174,6 @@ class Finder:
         if any(n not in self.order for n in readers):
             return f"{inside[-1].name!r} is read by a subgraph"
         node = min(readers, key=self.order.__getitem__)
-        if node in self.taken:
-            return f"{node.name!r} belongs to region {self.taken[node]!r}"
         if is_op(node, QUANTIZE, DEQUANTIZE):
             if is_op(node, DEQUANTIZE) and not through:
                 return f"{node.name!r} is DequantizeLinear"
@@ -186,6 +184,8 @@ class Finder:
                 return f"the scale of {node.name!r} is not constant"
         elif not self.pointwise(node):
             return f"{node.name!r} is {node.op_type}"
+        if node in self.taken:
+            return f"{node.name!r} belongs to region {self.taken[node]!r}"
         if not same_shape(node.outputs[0], start):
             return f"{node.name!r} changes the shape"
         chosen.append(node)
@@ -274,6 +274,9 @@ def fuse(program: Program, region: Region) -> None:
     for node in sorted(copied, key=lambda n: str(n.name)):
         if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             program.graph.remove(node, safe=True)
+    for value in body.constants:
+        if not value.uses() and not value.is_graph_output():
+            program.graph.initializers.pop(str(value.name), None)
 
 
 def _call(
@@ -308,6 +311,7 @@ class _Body:
         self.program = program
         self.copied = copied
         self.outer: dict[ir.Value, ir.Value] = {}
+        self.constants: list[ir.Value] = []
         self._inner: dict[ir.Value, ir.Value] = {}
         self._made: list[ir.Node] = []
         self._names: set[str] = set()
@@ -361,6 +365,7 @@ class _Body:
 
     def _constant(self, value: ir.Value) -> ir.Value:
         assert value.const_value is not None
+        self.constants.append(value)
         name = self._fresh("constant")
         tensor = ir.tensor(value.const_value.numpy(), dtype=value.const_value.dtype, name=name)
         made = ir.Value(name=name)

@@ -19,12 +19,12 @@ def program(body: str, header: str = HEADER) -> Program:
 
 CONV = """
 agraph (float[1, 3, 8, 8] x, float[1, 4, 8, 8] r) => (float[1, 4, 8, 8] y)
-<float[4, 3, 3, 3] w = {%s}, float[4] b = {0.1, 0.2, 0.3, 0.4}> {
+<float[4, 3, 3, 3] w = {WEIGHTS}, float[4] b = {0.1, 0.2, 0.3, 0.4}> {
   [conv] c = Conv <pads = [1, 1, 1, 1]> (x, w, b)
   [add] s = Add (c, r)
   [relu] y = Relu (s)
 }
-""" % ", ".join(str((i * 7 % 11 - 5) / 10) for i in range(108))
+""".replace("WEIGHTS", ", ".join(str((i * 7 % 11 - 5) / 10) for i in range(108)))
 
 
 def test_contraction_takes_residual_and_activation():
@@ -74,7 +74,8 @@ QUANTIZED = """
 agraph (uint8[1, 4] xq) => (uint8[1, 3] yq, uint8[1, 3] zq)
 <int8[4, 3] w = {1, -2, 3, -4, 5, -6, 7, -8, 9, -10, 11, -12}, float[3] ws = {0.1, 0.2, 0.3},
  int8[3] wz = {0, 0, 0}, float xs = {0.05}, uint8 xz = {128}, float ys = {0.1}, uint8 yz = {3},
- int32[3] b = {1, 2, 3}, float[3] bs = {0.005, 0.01, 0.015}, float low = {0.0}, float high = {6.0}> {
+ int32[3] b = {1, 2, 3}, float[3] bs = {0.005, 0.01, 0.015}, float low = {0.0},
+ float high = {6.0}> {
   [dx] x = DequantizeLinear (xq, xs, xz)
   [dw] wf = DequantizeLinear <axis = 1> (w, ws, wz)
   [db] bf = DequantizeLinear <axis = 0> (b, bs)
@@ -134,10 +135,9 @@ agraph (float[2, 3] x) => (float[2, 3] y)
 <float[3, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9}, float root = {1.4142135}, float one = {1.0},
  float half = {0.5}, float three = {3.0}, float k0 = {0.044715}, float k1 = {0.7978845}> {
   [mm] c = MatMul (x, w)
-  %s
+  NODES
 }
-"""
-        % nodes
+""".replace("NODES", nodes)
     )
     candidates, _ = proposals(FuseOperators(), before)
     assert [c.choice for c in candidates] == [f"contraction: MatMul+{operators}"]
@@ -193,7 +193,7 @@ agraph (float[2, 5, 8] x, float[2, 5, 8] r) => (uint8[2, 5, 8] y)
 <float[8] g = {1, 2, 3, 4, 5, 6, 7, 8}, float[8] b = {8, 7, 6, 5, 4, 3, 2, 1}, float two = {2.0},
  float eps = {0.00001}, int64[1] last = {-1}, float s = {0.1}, uint8 z = {100}> {
   [residual] a = Add (x, r)
-  %s
+  NODES
   [quantize] y = QuantizeLinear (n, s, z)
 }
 """
@@ -217,7 +217,7 @@ agraph (float[2, 5, 8] x, float[2, 5, 8] r) => (uint8[2, 5, 8] y)
     ],
 )
 def test_normalization(nodes: str, anchor: str):
-    before = program(LAYER_NORM % nodes)
+    before = program(LAYER_NORM.replace("NODES", nodes))
     [candidate], _ = proposals(FuseOperators(), before)
     assert candidate.site == anchor
     assert candidate.choice.startswith("normalization: Add+")

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from optcompiler.program import Program
+from optcompiler.rewriting import apply_candidate
+from optcompiler_passes._folding import FoldingPolicy
+from optcompiler_passes.simplify import Simplify, interval
+from tests.support import apply_all, assert_close, op_types, proposals, random_inputs, run_onnx
+
+
+def program(body: str) -> Program:
+    return Program.from_text('<ir_version: 10, opset_import: ["": 20]>\n' + body)
+
+
+def simplified(body: str) -> Program:
+    after, patches = apply_all(Simplify(), program(body))
+    assert len(patches) == 1
+    return after
+
+
+def test_folds_shapes_and_drops_dead_code_and_keeps_names():
+    after = simplified("""
+agraph (float[2, 3, 4] x) => (float[6, 4] y)
+<int64[1] four = {4}, int64[1] all = {-1}> {
+  [unused] u = Relu (x)
+  [shape] s = Shape (x)
+  [concat] t = Concat <axis = 0> (all, four)
+  [relu] r = Relu (x)
+  [reshape] y = Reshape (r, t)
+}
+""")
+    assert [n.name for n in after.graph] == ["relu", "reshape"]
+    assert after.weights()["t"].numpy().tolist() == [-1, 4]
+
+
+def test_removes_what_does_nothing():
+    after = simplified("""
+agraph (float[2, 3] x) => (float[2, 3] y)
+<float zero = {0.0}, float one = {1.0}, int64[2] shape = {2, -1}> {
+  a = Identity (x)
+  b = Dropout (a)
+  c = Cast <to = 1> (b)
+  d = Reshape (c, shape)
+  e = Transpose <perm = [0, 1]> (d)
+  f = Add (e, zero)
+  g = Mul (one, f)
+  t = Transpose <perm = [1, 0]> (g)
+  u = Transpose <perm = [1, 0]> (t)
+  [tanh] y = Tanh (u)
+}
+""")
+    assert [n.name for n in after.graph] == ["tanh"]
+    assert next(iter(after.graph)).inputs[0] is after.graph.inputs[0]
+
+
+def test_a_replaced_node_keeps_the_name_of_its_value_and_node():
+    after = simplified("""
+agraph (float[2, 3] x) => (float[2, 3] y)
+<float low = {-1.0}, float high = {6.0}> {
+  [relu] r = Relu (x)
+  [clip] c = Clip (r, low, high)
+  [tanh] y = Tanh (c)
+}
+""")
+    assert [(n.name, n.op_type, n.outputs[0].name) for n in after.graph] == [
+        ("clip", "Clip", "c"),
+        ("tanh", "Tanh", "y"),
+    ]
+
+
+def test_equal_nodes_become_one_but_random_ones_do_not():
+    after = simplified("""
+agraph (float[2, 3] x) => (float[2, 3] y, float[2, 3] z)
+<float a = {2.0}, float b = {2.0}> {
+  [one] p = Mul (x, a)
+  [two] q = Mul (x, b)
+  y = Add (p, q)
+  n1 = RandomNormalLike <seed = 1.0> (x)
+  n2 = RandomNormalLike <seed = 1.0> (x)
+  z = Sub (n1, n2)
+}
+""")
+    assert op_types(after) == ["Mul", "Add", "RandomNormalLike", "RandomNormalLike", "Sub"]
+    assert "two" not in [n.name for n in after.graph]
+
+
+def test_equal_weights_stay_apart():
+    body = """
+agraph (float[2, 3] x) => (float[2, 3] y)
+<float[3] a = {2, 3, 4}, float[3] b = {2, 3, 4}> {
+  p = Mul (x, a)
+  y = Mul (p, b)
+}
+"""
+    candidates, declines = proposals(Simplify(), program(body))
+    assert not candidates
+    assert [(d.site, d.reason) for d in declines] == [("program", "nothing to simplify.")]
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "h = ConstantOfShape (huge)",
+        "h = Expand (one, huge)",
+        "h = Tile (square, huge)",
+        "h = Range (start, limit, delta)",
+        'h = Resize <mode = "nearest"> (square, , , huge)',
+    ],
+)
+def test_folding_bombs_are_left_alone(node: str):
+    before = program(
+        """
+agraph (float x) => (float y)
+<int64[2] huge = {200000, 100000}, float one = {1.0}, float[1, 1] square = {1.0},
+ float start = {0.0}, float limit = {1000000000.0}, float delta = {1.0}> {
+  i = Identity (x)
+  NODE
+  s = ReduceMax <keepdims = 0> (h)
+  y = Add (i, s)
+}
+""".replace("NODE", node)
+    )
+    [candidate], _ = proposals(Simplify(), before)
+    after = apply_candidate("simplify", candidate, before).after
+    assert op_types(after)[-3:][0] == node.split()[2]
+    assert after.weight_bytes < 1000
+
+
+def test_many_small_growths_are_bounded_together():
+    policy = FoldingPolicy(growth_bytes=1000, total_growth_bytes=1500)
+
+    def expand() -> ir.Node:
+        shape = ir.val("s", const_value=ir.tensor(np.array([200], np.int64)))
+        one = ir.val("o", const_value=ir.tensor(np.float32(1)))
+        out = ir.Value(name="y", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([200]))
+        return ir.Node("", "Expand", [one, shape], outputs=[out])
+
+    assert [policy(expand()) for _ in range(3)] == [True, False, False]
+
+
+def test_quantisation_of_a_weight_is_not_folded():
+    body = """
+agraph (float[2, 2] x) => (float[2, 2] y)
+<float[2, 2] w = {1, 2, 3, 4}, float s = {0.1}, int8 z = {0}> {
+  q = QuantizeLinear (w, s, z)
+  d = DequantizeLinear (q, s, z)
+  y = MatMul (x, d)
+}
+"""
+    _, declines = proposals(Simplify(), program(body))
+    assert [d.reason for d in declines] == ["nothing to simplify."]
+
+
+def test_interface_is_kept_when_outputs_are_simplified_away():
+    before = program("""
+agraph (float[n, 3] x) => (float[n, 3] y, float[n, 3] z)
+<int64[2] same = {0, 3}> {
+  r = Relu (x)
+  y = Identity (r)
+  z = Reshape (r, same)
+}
+""")
+    after, _ = apply_all(Simplify(), before)
+    assert (after.inputs, after.outputs) == (before.inputs, before.outputs)
+
+
+def test_reshape_transpose_reshape_becomes_one_transpose():
+    after = simplified("""
+agraph (float[2, 3, 4, 5] x) => (float[2, 3, 5, 4] z)
+<int64[3] flat = {-1, 4, 5}, int64[4] full = {2, 3, 5, 4}> {
+  a = Reshape (x, flat)
+  b = Transpose <perm = [0, 2, 1]> (a)
+  y = Reshape (b, full)
+  z = Relu (y)
+}
+""")
+    assert op_types(after) == ["Transpose", "Relu"]
+    assert next(iter(after.graph)).attributes["perm"].as_ints() == (0, 1, 3, 2)
+
+
+GUARDED = """
+agraph (float[2, 4, 6] q, float[2, 6, 4] k, MASK) => (float[2, 4, 4] y)
+<float zero = {0.0}, float low = {LOW}> {
+  s = MatMul (q, k)
+  BIAS
+  a = Add (s, bias)
+  p = Softmax <axis = -1> (a)
+  n = IsNaN (p)
+  y0 = Where (n, zero, p)
+  y = Relu (y0)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("mask", "low", "bias", "kept"),
+    [
+        ("bool[2, 1, 4] m", "-3.4028235e38", "bias = Where (m, zero, low)", False),
+        ("bool[2, 1, 4] m", "-10000.0",
+         "f = Cast <to = 1> (m) i = Sub (zero, f) bias = Mul (i, low)", False),
+        ("float[2, 1, 4] m", "-1.0", "bias = Mul (m, low)", True),
+    ],
+)  # fmt: skip
+def test_nan_guard_goes_only_where_nothing_can_be_nan(mask: str, low: str, bias: str, kept: bool):
+    before = program(GUARDED.replace("MASK", mask).replace("LOW", low).replace("BIAS", bias))
+    candidates, _ = proposals(Simplify(), before)
+    if kept:
+        assert not candidates
+        return
+    after, _ = apply_all(Simplify(), before)
+    assert "IsNaN" not in op_types(after)
+
+
+def test_nan_guard_of_an_infinite_mask_stays():
+    before = program(
+        GUARDED.replace("MASK", "bool[2, 1, 4] m")
+        .replace("LOW", "-1.0")
+        .replace("BIAS", "bias = Where (m, zero, low)")
+    )
+    before.set_weight(before.graph.initializers["low"], np.array(-np.inf, np.float32))
+    assert proposals(Simplify(), before)[0] == []
+
+
+def test_interval_of_an_unknown_operator_is_unknown():
+    before = program("agraph (float[2] x) => (float[2] y) { y = Exp (x) }")
+    assert interval(before.graph.outputs[0]) is None
+    assert interval(before.graph.inputs[0]) is None
+
+
+def test_export_of_a_module_with_attention(tmp_path):
+    import torch
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = torch.nn.Linear(16, 16)
+            self.k = torch.nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            def heads(t: torch.Tensor) -> torch.Tensor:
+                return t.view(2, 6, 2, 8).transpose(1, 2)
+
+            k = heads(self.k(x))
+            out = torch.nn.functional.scaled_dot_product_attention(
+                heads(self.q(x)), k, k, attn_mask=mask[:, None, None, :]
+            )
+            return out.transpose(1, 2).reshape(2, 6, 16)
+
+    torch.manual_seed(0)
+    args = (torch.randn(2, 6, 16), torch.ones(2, 6, dtype=torch.bool))
+    with torch.no_grad():
+        exported = torch.onnx.export(
+            Block().eval(), args, dynamo=True, verbose=False, optimize=False
+        )
+    assert exported is not None
+    before = Program.from_onnx(exported.model)
+    after, [patch] = apply_all(Simplify(), before)
+    assert not {"IsNaN", "Shape", "Identity", "Expand"} & set(op_types(after))
+    survivors = {n.name for n in after.graph} & {n.name for n in before.graph}
+    assert "node_scaled_dot_product_attention" in survivors
+    inputs = random_inputs(before)
+    assert_close(run_onnx(after, inputs), run_onnx(before, inputs), 1e-5)
+    assert patch.before is before
+    assert proposals(Simplify(), after)[0] == []
