@@ -78,8 +78,9 @@ class ChannelGraph:
     """The channel groups of a program under an operator table.
 
     `axes` is the `networkx.MultiGraph` of `(value name, axis)` with the index arrays of each
-    coupling on its edges. An axis with a symbolic extent is no part of it. An operator without a
-    channel rule pins all its axes, and so do the inputs and outputs of the program.
+    coupling on its edges; an axis with a symbolic extent is no part of it. `summed` has the nodes
+    that sum over an axis. An operator without a channel rule pins all its axes, and so do the
+    inputs and outputs of the program.
     """
 
     def __init__(self, program: Program, ops: OpTable) -> None:
@@ -89,7 +90,7 @@ class ChannelGraph:
         self._values: dict[str, ir.Value] = {}
         self._pins: dict[Key, str] = {}
         self._made: dict[Key, list[str]] = {}
-        self._summed: dict[Key, list[str]] = {}
+        self.summed: dict[Key, list[str]] = {}
         self._normalised: set[Key] = set()
         for node in program.graph:
             self._add(node, ops)
@@ -115,16 +116,18 @@ class ChannelGraph:
                     self.axes.add_node((str(value.name), axis))
         spec = ops.get(node)
         rule = spec.channels(node) if spec is not None and spec.channels is not None else None
-        if rule is None:
+        shapeless = next((v.name for v in touched if v.shape is None), None)
+        if rule is None or shapeless is not None:
+            states = "states no channels" if rule is None else f"has {shapeless!r} of unknown shape"
             for value in touched:
-                self._pin(value, f"{label} states no channels for {value.name!r}")
+                self._pin(value, f"{label} {states}")
             return
         self.rules[str(node.name)] = rule
         loose: set[Key] = set()
         for coupling in rule.couplings:
             if self._couple(coupling):
                 loose |= {_key(coupling.source), _key(coupling.target)}
-        for axes, where in ((rule.produced, self._made), (rule.reduced, self._summed)):
+        for axes, where in ((rule.produced, self._made), (rule.reduced, self.summed)):
             for axis in axes:
                 where.setdefault(_key(axis), []).append(str(node.name))
                 loose.add(_key(axis))
@@ -168,12 +171,15 @@ class ChannelGraph:
             first = producers[0]
             seen[first] = seen.get(first, 0) + 1
             keys = [(m.value, m.axis) for m in members]
-            consumers = dict.fromkeys(n for k in keys for n in self._summed.get(k, ()))
+            consumers = dict.fromkeys(n for k in keys for n in self.summed.get(k, ()))
             reasons = [self._pins[k] for k in keys if k in self._pins]
             reasons.sort(key=lambda r: not r.startswith("reaches"))
+            channels = int(members[0].channel_of.max()) + 1
+            if channels == 1:
+                reasons.append("it is a single channel")
             yield ChannelGroup(
                 name=first if seen[first] == 1 else f"{first}#{seen[first]}",
-                channels=int(members[0].channel_of.max()) + 1,
+                channels=channels,
                 members=tuple(members),
                 producers=tuple(producers),
                 consumers=tuple(sorted(consumers, key=order.__getitem__)),
