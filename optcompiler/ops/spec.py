@@ -1,10 +1,10 @@
-"""What the compiler knows of an operator: its meaning in torch, its cost, how its channels couple."""
+"""What the compiler knows of an operator: torch meaning, cost, how its channels couple."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnx_ir as ir
 
@@ -86,6 +86,8 @@ class Channels:
 TorchMeaning = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 CostRule = Callable[[ir.Node], Work]
 ChannelRule = Callable[[ir.Node], "Channels | None"]
+TypeLookup = Callable[["ir.Value | None"], "ir.DataType | None"]
+FactsRule = Callable[[ir.Node, TypeLookup], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,10 @@ class OpSpec:
     `static` holds the positions of inputs that describe structure (shapes, axes, pads, bounds):
     where such an input is a constant, `torch` gets it as a Python number or nested list and
     nothing is trained there; otherwise it gets the tensor. `facts` computes further keyword
-    arguments from the node (its number of outputs, declared types). With `levels` the operator
-    works on a float tensor that holds quantised levels as well as on the integers themselves;
-    inputs of the others are cast to their declared integer type first.
+    arguments from the node (its number of outputs) and from a lookup of the ONNX types of values,
+    which knows more than `value.dtype` inside function bodies, and may still answer None.
+    `levels` says what the operator does with a float tensor that holds quantised levels: "moves"
+    it unchanged to the first output, "consumes" it, or wants "integers", to which it is cast.
     """
 
     op_type: str
@@ -114,8 +117,8 @@ class OpSpec:
     since: int = 1
     pointwise: bool = False
     static: frozenset[int] = frozenset()
-    facts: Callable[[ir.Node], Mapping[str, Any]] | None = None
-    levels: bool = False
+    facts: FactsRule | None = None
+    levels: Literal["integers", "moves", "consumes"] = "integers"
 
     @property
     def key(self) -> tuple[str, str]:
@@ -123,7 +126,7 @@ class OpSpec:
 
 
 class OpTable:
-    """Operators by domain and type; one table per compiler, filled by the `optcompiler_ops` hook."""
+    """Operators by domain and type; one per compiler, filled by the `optcompiler_ops` hook."""
 
     def __init__(self, specs: Iterable[OpSpec]) -> None:
         self._specs: dict[tuple[str, str], OpSpec] = {}
@@ -136,7 +139,7 @@ class OpTable:
         return self._specs.get((node.domain, node.op_type))
 
     def require(self, node: ir.Node) -> OpSpec:
-        """The operator's declaration; raises `UnsupportedOperatorError` naming operator and node."""
+        """The declaration; raises `UnsupportedOperatorError` naming operator and node."""
         spec = self.get(node)
         if spec is None:
             raise UnsupportedOperatorError(

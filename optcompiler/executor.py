@@ -1,0 +1,569 @@
+"""Programs as differentiable `torch.fx.GraphModule`s, and back.
+
+Every ONNX node becomes one `call_function` of the torch meaning that the operator table has for it;
+calls of model-local functions are expanded, subgraphs become submodules. Quantised values are float
+tensors that hold the levels and are cast to their declared type only at outputs and where an
+operator wants integers.
+
+Metadata: an FX node carries `meta["onnx_node"]` and `meta["onnx_value"]` (inside an expanded call
+both begin with the caller's name and a slash) and `meta["onnx_type"]`, an `onnx_ir.DataType` or
+None. `module.meta["onnx_weights"]` maps attribute names to initializer names.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx, nn
+
+from optcompiler.errors import InputError, UnsupportedOperatorError
+from optcompiler.ops import OpTable, attributes_of, builtin_table
+from optcompiler.ops.controlflow import run_if, run_loop, run_scan
+from optcompiler.ops.types import (
+    carrier_type,
+    from_carrier,
+    numpy_of,
+    shared,
+    tensor_from_ir,
+    to_carrier,
+    torch_type,
+)
+from optcompiler.program import Program
+
+WEIGHTS_KEY = "onnx_weights"
+NODE_KEY = "onnx_node"
+VALUE_KEY = "onnx_value"
+TYPE_KEY = "onnx_type"
+
+
+def to_torch(
+    program: Program,
+    ops: OpTable | None = None,
+    *,
+    extra_outputs: Sequence[str] = (),
+    trainable: bool = True,
+) -> fx.GraphModule:
+    """A module that computes `program`: graph inputs by position, a tuple of outputs.
+
+    Float initializers are parameters and the others buffers, except for those that describe
+    structure (shapes, axes, clip bounds, a scalar exponent), which are Python constants in the
+    code. With `trainable` the module owns copies of them; without, it shares the program's memory,
+    which may be a read-only file, requires no gradients, and must not be written to.
+
+    `extra_outputs` names values of the main graph to be returned after the outputs; levels among
+    them come in their declared integer type.
+
+    Raises `UnsupportedOperatorError` for an operator that `ops` (default: the built-in table) does
+    not have, and `InputError` for an extra output that does not exist.
+    """
+    outputs = [v.name or "" for v in program.graph.outputs]
+    return _build(program, ops, [*outputs, *extra_outputs], trainable)
+
+
+def refit(program: Program, module: fx.GraphModule) -> Program:
+    """A program whose initializers hold the values that `module`, made by `to_torch`, has now.
+
+    Only initializers whose values differ become new tensors. Raises `InputError` when the module
+    does not come from a program with these initializers, or a tensor's shape changed.
+    """
+    names: Mapping[str, str] | None = module.meta.get(WEIGHTS_KEY)
+    if names is None:
+        raise InputError("refit: the module holds no weight map; pass a module made by to_torch.")
+    result = program.clone()
+    for attribute, name in names.items():
+        value = result.graph.initializers.get(name)
+        if value is None or value.const_value is None:
+            raise InputError(
+                f"refit: the program has no initializer {name!r}; "
+                f"pass the program that the module was made from."
+            )
+        now = cast("torch.Tensor", getattr(module, attribute)).detach().cpu()
+        before = tensor_from_ir(value.const_value)
+        if now.shape != before.shape:
+            raise InputError(
+                f"refit: {name!r} has shape {list(now.shape)} in the module and "
+                f"{list(before.shape)} in the program; keep shapes when training."
+            )
+        now = now.to(before.dtype)
+        if not torch.equal(now, before):
+            dtype = ir.DataType(value.const_value.dtype)
+            result.set_weight(value, numpy_of(now, dtype).copy())
+    return result
+
+
+def interpret(
+    source: Program | fx.GraphModule,
+    inputs: Mapping[str, np.ndarray | torch.Tensor],
+    names: Sequence[str],
+    ops: OpTable | None = None,
+) -> dict[str, torch.Tensor]:
+    """The values of the main graph called `names`, computed without gradients.
+
+    Only what they need is run. `source` may be a module made by `to_torch`, to save making one for
+    each batch; then values are read on the fly, on that module's device.
+    """
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(source, Program):
+        module = _build(source, ops, names, trainable=False)
+        with torch.no_grad():
+            results = module(*_arguments(module, inputs))
+        return dict(zip(names, results, strict=True))
+    observe(source, inputs, found.__setitem__, names)
+    return found
+
+
+def observe(
+    module: fx.GraphModule,
+    inputs: Mapping[str, np.ndarray | torch.Tensor],
+    callback: Callable[[str, torch.Tensor], None],
+    names: Sequence[str],
+) -> tuple[torch.Tensor, ...]:
+    """Run without gradients; call `callback(name, tensor)` as each named value is computed.
+
+    Nothing is kept after its last use, so memory does not grow with the number of names. Integers
+    come in their declared type. Returns the outputs. Raises `InputError` for an unknown name.
+    """
+    known = {str(n.meta[VALUE_KEY]) for n in module.graph.nodes if VALUE_KEY in n.meta}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise InputError(f"observe: no value {missing[0]!r} in the module; check the names.")
+    with torch.no_grad():
+        watcher = _Watcher(module, callback, frozenset(names))
+        return watcher.run(*_arguments(module, inputs))
+
+
+class _Watcher(fx.Interpreter):
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        callback: Callable[[str, torch.Tensor], None],
+        names: frozenset[str],
+    ) -> None:
+        super().__init__(module)
+        self.callback = callback
+        self.names = names
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        name = n.meta.get(VALUE_KEY)
+        if name in self.names:
+            dtype = n.meta.get(TYPE_KEY)
+            shown = result if dtype is None else from_carrier(result, torch_type(dtype))
+            self.callback(name, shown)
+        return result
+
+
+def _arguments(
+    module: fx.GraphModule, inputs: Mapping[str, np.ndarray | torch.Tensor]
+) -> list[torch.Tensor]:
+    """`inputs` in the order of the module's placeholders, on the module's device."""
+    tensors = (*module.parameters(), *module.buffers())
+    device = tensors[0].device if tensors else torch.device("cpu")
+    arguments: list[torch.Tensor] = []
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        name = str(node.meta[NODE_KEY])
+        if name not in inputs:
+            raise InputError(f"no value given for input {name!r}; give one for every graph input.")
+        given = inputs[name]
+        tensor = given if isinstance(given, torch.Tensor) else shared(np.asarray(given))
+        arguments.append(tensor.to(device))
+    return arguments
+
+
+def _build(
+    program: Program, ops: OpTable | None, names: Sequence[str], trainable: bool
+) -> fx.GraphModule:
+    builder = _Builder(program, ops or builtin_table(), trainable)
+    values: dict[str, ir.Value] = {}
+    for value in (*program.graph.inputs, *program.graph.initializers.values()):
+        values[value.name or ""] = value
+    for node in program.graph:
+        values |= {v.name: v for v in node.outputs if v.name}
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise InputError(f"the program has no value {missing[0]!r}; check the name.")
+    return builder.module(program.graph, [values[name] for name in names])
+
+
+class _Slot:
+    """What stands for one ONNX value: an FX node, or a constant not yet registered."""
+
+    __slots__ = ("constant", "dtype", "levels", "name", "node", "weight")
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        node: fx.Node | None = None,
+        constant: ir.TensorProtocol | None = None,
+        dtype: ir.DataType | None = None,
+        levels: bool = False,
+        weight: bool = False,
+    ) -> None:
+        self.name = name
+        self.node = node
+        self.constant = constant
+        self.dtype = dtype
+        self.levels = levels
+        self.weight = weight
+
+
+_Scope = dict[ir.Value, _Slot]
+
+
+class _Builder:
+    """Makes one GraphModule; subgraphs get a builder of their own."""
+
+    def __init__(self, program: Program, ops: OpTable, trainable: bool) -> None:
+        self.program = program
+        self.ops = ops
+        self.trainable = trainable
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.weights: dict[str, str] = {}
+
+    # -- whole graphs -----------------------------------------------------------------------
+
+    def module(
+        self,
+        graph: ir.Graph,
+        outputs: Sequence[ir.Value],
+        outer: _Scope | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> fx.GraphModule:
+        """The module of `graph`. `outer` holds captured values: each non-constant one becomes a
+        placeholder after the formal inputs."""
+        scope: _Scope = {}
+        for value in graph.inputs:
+            if value.name not in graph.initializers:
+                scope[value] = self.placeholder(value.name or "input", value.dtype)
+        for value, slot in (outer or {}).items():
+            scope[value] = slot
+            if slot.constant is None or slot.weight:
+                scope[value] = self.placeholder(slot.name, slot.dtype, convert=False)
+                scope[value].constant = slot.constant
+        for value in graph.initializers.values():
+            scope[value] = _Slot(
+                value.name or "weight",
+                constant=value.const_value,
+                dtype=value.dtype,
+                weight=outer is None,
+            )
+        self.nodes(list(graph), scope, attributes or {}, "")
+        self.graph.output(tuple(self.result(scope[value]) for value in outputs))
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        built = fx.GraphModule(self.root, self.graph)
+        built.meta[WEIGHTS_KEY] = dict(self.weights)
+        return built
+
+    def placeholder(self, name: str, dtype: ir.DataType | None, convert: bool = True) -> _Slot:
+        node = self.graph.create_node("placeholder", identifier(name), name=identifier(name))
+        node.meta |= {NODE_KEY: name, VALUE_KEY: name, TYPE_KEY: dtype}
+        last = node
+        if convert and dtype is not None and carrier_type(dtype) != torch_type(dtype):
+            del node.meta[VALUE_KEY]
+            last = self.graph.call_function(to_carrier, (node,))
+            last.meta |= {VALUE_KEY: name, TYPE_KEY: dtype}
+        return _Slot(name, node=last, dtype=dtype)
+
+    def result(self, slot: _Slot) -> fx.Node:
+        """An output in its declared type."""
+        node = self.read(slot)
+        if slot.dtype is None:
+            return node
+        declared = torch_type(slot.dtype)
+        if slot.levels or declared != carrier_type(slot.dtype):
+            return self.graph.call_function(from_carrier, (node, declared))
+        return node
+
+    # -- nodes ------------------------------------------------------------------------------
+
+    def nodes(
+        self, nodes: Sequence[ir.Node], scope: _Scope, attributes: Mapping[str, Any], prefix: str
+    ) -> None:
+        for node in nodes:
+            self.one(node, scope, attributes, prefix)
+
+    def one(self, node: ir.Node, scope: _Scope, outer: Mapping[str, Any], prefix: str) -> None:
+        attributes = _resolved(node, outer)
+        label = prefix + (node.name or node.op_type)
+        if node.op_type == "Constant" and node.domain == "":
+            scope[node.outputs[0]] = _constant(node, attributes, label)
+            return
+        function = self.program.functions.get((node.domain, node.op_type, node.overload))
+        if function is not None:
+            self.call(node, function, scope, attributes, label)
+            return
+        if node.domain == "" and node.op_type in ("If", "Loop", "Scan"):
+            self.control(node, scope, outer, attributes, label)
+            return
+        spec = self.ops.require(node)
+        # An input that the caller of a function left out has no slot.
+        slots = [None if v is None else scope.get(v) for v in node.inputs]
+
+        def type_of(value: ir.Value | None) -> ir.DataType | None:
+            if value is None:
+                return None
+            known = scope.get(value)
+            return known.dtype if known is not None and known.dtype else value.dtype
+
+        facts = spec.facts(node, type_of) if spec.facts is not None else {}
+        moved = False
+        arguments: list[Any] = []
+        for position, slot in enumerate(slots):
+            if slot is None:
+                arguments.append(None)
+                continue
+            plain = _python(slot) if position in spec.static else None
+            if plain is not None:
+                arguments.append(plain)
+                continue
+            moved = moved or slot.levels
+            arguments.append(self.read(slot, integers=spec.levels == "integers"))
+        while arguments and arguments[-1] is None:
+            arguments.pop()
+        given = attributes | dict(facts)
+        keywords = {k: given[k] for k in sorted(given) if given[k] is not None}
+        made = self.create(spec.torch, tuple(arguments), keywords, label)
+        self.bind(node, made, scope, prefix, moved and spec.levels == "moves", slots)
+        if node.op_type == "QuantizeLinear" and node.domain == "":
+            slot = scope[node.outputs[0]]
+            slot.levels = True
+            if facts.get("target") is not None:
+                slot.dtype = ir.DataType(facts["target"])
+                self.read(slot).meta[TYPE_KEY] = slot.dtype
+
+    def create(
+        self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], label: str
+    ) -> fx.Node:
+        made = self.graph.create_node(
+            "call_function", target, arguments, keywords, name=identifier(label)
+        )
+        made.meta[NODE_KEY] = label
+        return made
+
+    def bind(
+        self,
+        node: ir.Node,
+        made: fx.Node,
+        scope: _Scope,
+        prefix: str,
+        levels: bool,
+        slots: Sequence[_Slot | None],
+    ) -> None:
+        """Give the node's outputs their slots; a tuple is taken apart."""
+        for position, value in enumerate(node.outputs):
+            if not value.name and not list(value.uses()):
+                continue
+            part = made
+            if len(node.outputs) > 1:
+                part = self.graph.call_function(operator.getitem, (made, position))
+                part.meta[NODE_KEY] = made.meta[NODE_KEY]
+            holds = levels and (position == 0 or node.op_type == "Split")
+            dtype = value.dtype
+            if holds:
+                dtype = next(s.dtype for s in slots if s is not None and s.levels)
+            name = prefix + (value.name or "")
+            part.meta |= {VALUE_KEY: name, TYPE_KEY: dtype}
+            scope[value] = _Slot(name, node=part, dtype=dtype, levels=holds)
+
+    def call(
+        self,
+        node: ir.Node,
+        function: ir.Function,
+        scope: _Scope,
+        attributes: Mapping[str, Any],
+        label: str,
+    ) -> None:
+        """Expand a call of a model-local function."""
+        inner: _Scope = {}
+        given = [*node.inputs, *[None] * (len(function.inputs) - len(node.inputs))]
+        for formal, value in zip(function.inputs, given, strict=True):
+            if value is not None and value in scope:
+                inner[formal] = scope[value]
+        defaults = {k: a.value for k, a in function.attributes.items() if a.value is not None}
+        self.nodes(list(function), inner, {**defaults, **attributes}, f"{label}/")
+        for value, formal in zip(node.outputs, function.outputs, strict=False):
+            if not value.name:
+                continue
+            slot = inner[formal]
+            made = self.read(slot)
+            if made.op != "call_function" or not str(made.meta.get(VALUE_KEY)).startswith(label):
+                made = self.create(_same, (made,), {}, f"{label}/{formal.name}")
+            dtype = slot.dtype or value.dtype
+            made.meta |= {VALUE_KEY: value.name, TYPE_KEY: dtype}
+            scope[value] = _Slot(value.name or "", node=made, dtype=dtype, levels=slot.levels)
+
+    def control(
+        self,
+        node: ir.Node,
+        scope: _Scope,
+        outer: Mapping[str, Any],
+        attributes: dict[str, Any],
+        label: str,
+    ) -> None:
+        """If, Loop and Scan: each subgraph becomes a submodule."""
+        inputs = [None if v is None else self.read(scope[v], integers=True) for v in node.inputs]
+        if node.op_type == "If":
+            then, then_captured = self.submodule(node, "then_branch", scope, outer, label)
+            other, other_captured = self.submodule(node, "else_branch", scope, outer, label)
+            arguments = (inputs[0], then, other, then_captured, other_captured)
+            made = self.create(run_if, arguments, {}, label)
+        elif node.op_type == "Loop":
+            body, captured = self.submodule(node, "body", scope, outer, label)
+            trip, keep = (*inputs, None, None)[:2]
+            made = self.create(run_loop, (body, trip, keep, inputs[2:], captured), {}, label)
+        else:
+            body, captured = self.submodule(node, "body", scope, outer, label)
+            count = int(attributes["num_scan_inputs"])
+            states, sequences = inputs[: len(inputs) - count], inputs[len(inputs) - count :]
+            keywords = {
+                key.removeprefix("scan_"): value
+                for key, value in attributes.items()
+                if key.startswith(("scan_input_", "scan_output_")) and value is not None
+            }
+            made = self.create(run_scan, (body, states, sequences, captured), keywords, label)
+        for position, value in enumerate(node.outputs):
+            part = self.graph.call_function(operator.getitem, (made, position))
+            part.meta |= {NODE_KEY: label, VALUE_KEY: value.name, TYPE_KEY: value.dtype}
+            scope[value] = _Slot(value.name or "", node=part, dtype=value.dtype)
+
+    def submodule(
+        self,
+        node: ir.Node,
+        attribute: str,
+        scope: _Scope,
+        outer: Mapping[str, Any],
+        label: str,
+    ) -> tuple[fx.Node, list[fx.Node]]:
+        """A subgraph as a submodule, and the FX nodes of what it captures."""
+        graph = node.attributes[attribute].as_graph()
+        captured = {v: scope[v] for v in _captures(graph) if v in scope}
+        builder = _Builder(self.program, self.ops, trainable=False)
+        moved: list[fx.Node] = []
+        handed: _Scope = {}
+        for value, slot in captured.items():
+            if slot.constant is None or slot.weight:
+                moved.append(self.read(slot, integers=True))
+            handed[value] = slot
+        module = builder.module(graph, list(graph.outputs), handed, outer)
+        name = self.fresh(f"{label}_{attribute}")
+        self.root.add_module(name, module)
+        return self.graph.get_attr(name), moved
+
+    # -- values -----------------------------------------------------------------------------
+
+    def read(self, slot: _Slot, integers: bool = False) -> fx.Node:
+        """The FX node of a value; with `integers`, levels are cast to their declared type."""
+        if slot.node is None:
+            slot.node = self.register(slot)
+        if integers and slot.levels and slot.dtype is not None:
+            return self.graph.call_function(from_carrier, (slot.node, carrier_type(slot.dtype)))
+        return slot.node
+
+    def register(self, slot: _Slot) -> fx.Node:
+        """Put a constant on the module as a parameter or buffer."""
+        if slot.constant is None:
+            raise InputError(f"initializer {slot.name!r} holds no data; load its external data.")
+        tensor = tensor_from_ir(slot.constant)
+        if self.trainable:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        attribute = self.fresh(slot.name)
+        if slot.weight and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            self.root.register_parameter(attribute, nn.Parameter(tensor, self.trainable))
+        else:
+            self.root.register_buffer(attribute, tensor)
+        if slot.weight:
+            self.weights[attribute] = slot.name
+        node = self.graph.get_attr(attribute)
+        node.meta |= {VALUE_KEY: slot.name, TYPE_KEY: slot.dtype}
+        return node
+
+    def fresh(self, name: str) -> str:
+        """An attribute name that no module has yet."""
+        stem = identifier(name)
+        stem = f"{stem}_" if hasattr(fx.GraphModule, stem) else stem
+        found, count = stem, 0
+        while hasattr(self.root, found):
+            count += 1
+            found = f"{stem}_{count}"
+        return found
+
+
+def identifier(name: str) -> str:
+    """`name` with everything but ASCII letters, digits and underscores replaced."""
+    text = re.sub(r"[^0-9A-Za-z_]+", "_", name).strip("_") or "value"
+    return f"v_{text}" if text[0].isdigit() else text
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _resolved(node: ir.Node, outer: Mapping[str, Any]) -> dict[str, Any]:
+    """The node's attributes; references to the attributes of the calling node looked up."""
+    attributes = dict(attributes_of(node))
+    for name, attribute in node.attributes.items():
+        if attribute.is_ref():
+            found = outer.get(attribute.ref_attr_name or "")
+            if found is not None:
+                attributes[name] = found
+            else:
+                attributes.pop(name, None)
+        elif attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            attributes.pop(name)
+    return attributes
+
+
+def _constant(node: ir.Node, attributes: Mapping[str, Any], label: str) -> _Slot:
+    """The tensor of a Constant node, whichever attribute holds it."""
+    for key, value in attributes.items():
+        if value is None:
+            continue
+        if key == "value":
+            tensor = cast("ir.TensorProtocol", value)
+        elif key in ("value_float", "value_floats"):
+            tensor = ir.tensor(np.asarray(value, np.float32))
+        elif key in ("value_int", "value_ints"):
+            tensor = ir.tensor(np.asarray(value, np.int64))
+        else:
+            break
+        return _Slot(label, constant=tensor, dtype=ir.DataType(tensor.dtype))
+    raise UnsupportedOperatorError(
+        f"Constant node {label!r} holds a string or a sparse tensor; replace it by a dense number."
+    )
+
+
+def _python(slot: _Slot) -> Any:
+    """A structural constant as Python numbers; None when the value is no such constant."""
+    if slot.constant is None:
+        return None
+    array = slot.constant.numpy()
+    if array.dtype.kind in "iub" and array.ndim <= 1:
+        return array.tolist()
+    return array.reshape(()).item() if array.size == 1 and array.dtype.kind == "f" else None
+
+
+def _captures(graph: ir.Graph) -> list[ir.Value]:
+    """Values that a subgraph, or one inside it, reads from outside."""
+    own: set[ir.Value] = {*graph.inputs, *graph.initializers.values()}
+    read: dict[ir.Value, None] = {}
+    for node in graph.all_nodes():
+        own.update(node.outputs)
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+                inner = attribute.as_graph()
+                own.update(inner.inputs, inner.initializers.values())
+                read |= dict.fromkeys(inner.outputs)
+        read |= dict.fromkeys(v for v in node.inputs if v is not None)
+    read |= dict.fromkeys(graph.outputs)
+    return [value for value in read if value not in own]
