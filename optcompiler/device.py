@@ -108,7 +108,9 @@ def _key(backend: Backend, target: Target) -> str:
         FORMAT,
         machine_name(),
         os.cpu_count(),
-        str(target),
+        target.backend,
+        target.threads,
+        sorted(target.options.items()),
         sorted(backend.versions().items()),
     ]
     flags = Path("/proc/cpuinfo")
