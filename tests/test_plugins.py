@@ -23,13 +23,20 @@ def entry_points(monkeypatch: pytest.MonkeyPatch, *entries: importlib.metadata.E
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: list(entries))
 
 
-def plugin(item: object) -> object:
-    class Plugin:
-        @hookimpl
-        def optcompiler_backends(self) -> list[object]:
-            return [item]
+class First:
+    @hookimpl
+    def optcompiler_backends(self) -> list[object]:
+        return [Named()]
 
-    return Plugin()
+
+class Second(First):
+    pass
+
+
+class Nameless:
+    @hookimpl
+    def optcompiler_backends(self) -> list[object]:
+        return [object()]
 
 
 def test_built_ins_come_through_the_entry_point_group() -> None:
@@ -63,13 +70,13 @@ def test_two_distributions_with_one_name(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_two_items_with_one_name() -> None:
-    registry = Registry(load=[], extra=[plugin(Named()), type("Other", (), vars(type(plugin(Named()))))()])
-    with pytest.raises(PluginError, match="backend 'twice' is claimed by two plugins: Plugin .*Other"):
+    registry = Registry(load=[], extra=[First(), Second()])
+    with pytest.raises(PluginError, match="'twice' is claimed by two plugins: First .* and Second"):
         _ = registry.backends
 
 
 def test_item_without_a_name() -> None:
-    registry = Registry(load=[], extra=[plugin(object())])
+    registry = Registry(load=[], extra=[Nameless()])
     with pytest.raises(PluginError, match="which has no name"):
         _ = registry.backends
 
