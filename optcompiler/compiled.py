@@ -122,6 +122,11 @@ class Compiled:
         return self._artifact.target
 
     @property
+    def threads(self) -> int:
+        """How many CPU threads the code runs with."""
+        return self._threads
+
+    @property
     def inputs(self) -> tuple[Port, ...]:
         return self._artifact.inputs
 
@@ -162,14 +167,22 @@ class Compiled:
         destination = Path(directory)
         if destination.exists() and destination.samefile(self.directory):
             return destination
-        with replacing_directory(destination, refuse_other_than_artifact) as fresh:
-            for name in (*self.manifest["files"], MANIFEST):
-                copy = fresh / name
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(inside(self.directory, name), copy)
-                shutil.copymode(self.directory / name, copy)
-            (fresh / CODE).mkdir(exist_ok=True)
+        try:
+            with replacing_directory(destination, refuse_other_than_artifact) as fresh:
+                self._copy_to(fresh)
+        except OSError as error:
+            raise InputError(
+                f"{destination} cannot be written ({error}); what was there is as it was."
+            ) from error
         return destination
+
+    def _copy_to(self, fresh: Path) -> None:
+        (fresh / CODE).mkdir()
+        for name in (*self.manifest["files"], MANIFEST):
+            copy = fresh / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inside(self.directory, name), copy)
+            shutil.copymode(self.directory / name, copy)
 
     def close(self) -> None:
         """Release the loaded code and remove the directory when owned. May be called twice."""

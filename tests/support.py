@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 
-from optcompiler.backend import Capabilities
+from optcompiler import hookimpl
+from optcompiler.artifact import Contents, assemble
+from optcompiler.backend import Backend, Capabilities, Kernel, Runner
+from optcompiler.cost import DeviceProfile
+from optcompiler.ledger import DECLINED, REJECTED, TAKEN, Ledger, Row
+from optcompiler.plugins import Registry
 from optcompiler.program import Program
 from optcompiler.rewriting import (
     Candidate,
@@ -20,6 +26,7 @@ from optcompiler.rewriting import (
     Patch,
     apply_candidate,
 )
+from optcompiler.signature import Signature
 from optcompiler.target import Target
 
 NUMPY_TYPES = {
@@ -170,3 +177,107 @@ def assert_close(
 def op_types(program: Program) -> list[str]:
     """Operator types of the main graph, in order."""
     return [node.op_type for node in program.graph]
+
+
+class ReferenceBackend(Backend):
+    """A backend whose code is the ONNX file and whose runner is ONNX's reference evaluator."""
+
+    name = "reference"
+    summary = "onnx.reference"
+
+    def capabilities(self, target: Target) -> Capabilities:
+        return replace(INT8, dynamic_shapes=True)
+
+    def kernels(self, program: Program, target: Target) -> list[Kernel]:
+        return [
+            Kernel(f"k{i}", "other", "fp32", (node.name or "",), flops=1)
+            for i, node in enumerate(program.graph)
+        ]
+
+    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+        (directory / "model.onnx").write_bytes(program.to_proto().SerializeToString())
+        return {"file": "model.onnx"}
+
+    def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
+        return ReferenceRunner(directory / info["file"])
+
+    def nominal_profile(self, target: Target) -> DeviceProfile:
+        curve = ((1.0, 1e9), (1e9, 1e9))
+        rates = {"gemm/fp32": curve, "pointwise/fp32": curve}
+        return DeviceProfile(
+            "nominal", self.name, 1, rates, rates, curve, 1.0, 1.0, estimated=True
+        )
+
+
+class ReferenceRunner(Runner):
+    timed = False
+
+    def __init__(self, path: Path) -> None:
+        from onnx.reference import ReferenceEvaluator
+
+        self.session = ReferenceEvaluator(str(path))
+        self.closed = 0
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        return [np.asarray(a) for a in self.session.run(None, dict(inputs))]
+
+    def kernel_times_us(self, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return {"k0": 1.0}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class ReferencePlugin:
+    """Registers `ReferenceBackend`."""
+
+    @hookimpl
+    def optcompiler_backends(self) -> list[Backend]:
+        return [ReferenceBackend()]
+
+
+def reference_registry(*extra: Any) -> Registry:
+    """A registry of `ReferenceBackend`, and of `extra`, alone."""
+    return Registry(load=(), extra=[ReferencePlugin(), *extra])
+
+
+MLP = """
+<ir_version: 10, opset_import: ["" : 20]>
+mlp (float[2,4] x) => (float[2,3] y)
+<float[4,3] w = {1,2,3,4,5,6,7,8,9,10,11,12}, float[3] b = {0.5,-1,2}>
+{
+  [gemm] h = MatMul(x, w)
+  [bias] s = Add(h, b)
+  [act] y = Relu(s)
+}
+"""
+
+ROWS = [
+    Row("fuse", "gemm", "with bias", TAKEN, "a kernel less", True, 2.5, None, ("gemm", "bias")),
+    Row("insert-qdq", "gemm", "int8", REJECTED, "over the limit", False, 1.0, 0.2, ("gemm",)),
+    Row("insert-qdq", "act", "-", DECLINED, "no integer kernel for Relu", nodes=("act",)),
+]
+
+
+def make_artifact(directory: Path, program: Program | None = None, **changes: Any) -> Path:
+    """An artifact of `program` (`MLP`) for `ReferenceBackend`; `changes` go to `Contents`."""
+    program = program or Program.from_text(MLP)
+    code = directory.with_name(f"{directory.name}-code")
+    code.mkdir(parents=True)
+    contents = Contents(
+        program=program, teacher_hash=program.content_hash(),
+        target=Target("reference", threads=1),
+        backend_info=ReferenceBackend().lower(program, Target("reference"), code),
+        signature=Signature.of_program(program), ledger=Ledger(list(ROWS)),
+        options={"precision": "fp32", "budget": {"max_damage": 0.01}, "seed": 0},
+        versions={"onnx": "1"},
+        measurements={
+            "predicted_us": 9.0, "measured_us": 10.5, "baseline_us": 34.4,
+            "kernels": [{"name": "k0", "kind": "gemm", "dtype": "fp32", "nodes": ["gemm", "bias"],
+                         "predicted_us": 8.0, "measured_us": 10.0}],
+            "damage": 0.004, "damage_measure": "kl", "macs": {"before": 24, "after": 24},
+            "gates": [{"name": "damage", "limit": 0.01, "value": 0.004, "passed": True}],
+        },
+    )  # fmt: skip
+    assemble(code, replace(contents, **changes), directory)
+    return directory

@@ -1,0 +1,123 @@
+"""`optcompiler compile`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from optcompiler.cli.models import dynamic_axes
+from optcompiler.cli.shell import common, write
+
+if TYPE_CHECKING:
+    from optcompiler.plugins import Registry
+
+
+@click.command("compile")
+@click.argument("model")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR",
+    help="Where the artifact goes; one that is there is replaced in one step.",
+)  # fmt: skip
+@click.option(
+    "--target", default="onnxruntime", show_default=True, metavar="NAME[:KEY=VALUE,...]",
+    help="Backend with its options, for example cpu:threads=2.",
+)  # fmt: skip
+@click.option(
+    "--precision", default="auto", show_default=True,
+    help="fp32 (exact passes only), one of the target's precisions, or auto.",
+)  # fmt: skip
+@click.option("--calibration", metavar="REF", help="Folder of .npz files, or module:name.")
+@click.option(
+    "--metric", metavar="REF", help="module:function or file.py:function, model to score."
+)
+@click.option("--smaller-is-better", is_flag=True, help="The metric is a loss.")
+@click.option("--max-drop", type=float, help="How much the metric may lose, in its own unit.")
+@click.option("--max-damage", type=float, help="Loss of agreement with the model as imported.")
+@click.option("--max-latency-ms", type=float, help="Median latency to reach.")
+@click.option("--max-size-mb", type=float, help="Size of code and weights to reach, in 10^6 bytes.")
+@click.option("--search-minutes", type=float, help="Then the best plan so far is taken.")
+@click.option(
+    "--pass", "passes", multiple=True, metavar="NAME[:OPTION=VALUE,...]",
+    help="Run this pass instead of the default ones; may be repeated. `default` stands for those.",
+)  # fmt: skip
+@click.option(
+    "--dynamic", multiple=True, callback=dynamic_axes, metavar="NAME:AXIS=SYMBOL",
+    help="Keep axis AXIS of input NAME symbolic; may be repeated.",
+)  # fmt: skip
+@click.option("--damage", default="kl", show_default=True, help="Measure of damage: kl or nmse.")
+@click.option("--cost-model", default="roofline", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@common
+def compile_(
+    model: str, output: Path, target: str, precision: str, calibration: str | None,
+    metric: str | None, smaller_is_better: bool, max_drop: float | None, max_damage: float | None,
+    max_latency_ms: float | None, max_size_mb: float | None, search_minutes: float | None,
+    passes: tuple[str, ...], dynamic: dict[str, dict[int, str]] | None, damage: str,
+    cost_model: str, seed: int,
+    as_json: bool, registry: Callable[[], Registry],
+) -> None:  # fmt: skip
+    """Compile MODEL and write the artifact to DIR.
+
+    MODEL is file.onnx, file.pt2, package.module:function or file.py:function; a function returns
+    the model, or the model and its example inputs. When a gate fails the exit code is 1 and DIR is
+    as it was.
+    """
+    from optcompiler.compiled import refuse_other_than_artifact
+    from optcompiler.compiler import compile as run
+    from optcompiler.errors import GateError
+    from optcompiler.progress import progress_on
+    from optcompiler.sources import (
+        calibration_from_reference,
+        metric_from_reference,
+        model_from_reference,
+    )
+
+    if output.exists():
+        refuse_other_than_artifact(output)
+    budget = _budget(
+        metric=metric_from_reference(metric) if metric else None,
+        larger_is_better=not smaller_is_better, max_drop=max_drop, max_damage=max_damage,
+        max_latency_ms=max_latency_ms, max_size_mb=max_size_mb, search_minutes=search_minutes,
+    )  # fmt: skip
+    plugins = registry()
+    source, example_inputs = model_from_reference(model)
+    try:
+        compiled = run(
+            source, example_inputs, target=target, precision=precision,
+            calibration=calibration_from_reference(calibration) if calibration else None,
+            budget=budget, passes=list(passes) or None, dynamic=dynamic, damage=damage,
+            cost_model=cost_model, seed=seed, registry=plugins, progress=progress_on(sys.stderr),
+        )  # fmt: skip
+    except GateError as error:
+        best = getattr(error, "compiled", None)
+        if best is not None:
+            best.close()
+        raise
+    with compiled:
+        compiled.save(output)
+        _report(compiled, output, as_json)
+
+
+def _budget(**limits: Any) -> Any:
+    from optcompiler.budget import Budget
+
+    return Budget(**limits)
+
+
+def _report(compiled: Any, output: Path, as_json: bool) -> None:
+    from rich.text import Text
+
+    from optcompiler.ledger import OUTCOMES
+
+    data = {
+        "artifact": str(output),
+        "manifest": compiled.manifest,
+        "measurements": compiled.measurements,
+        "ledger": {o: len(compiled.ledger.with_outcome(o)) for o in OUTCOMES},
+    }
+    lines = compiled.summary() + f"\nwritten to {output}"
+    write(data, lambda: [Text(lines)], as_json=as_json)

@@ -1,0 +1,36 @@
+"""Reading what the command line names: a model by reference, or an artifact by its directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from optcompiler.program import Program
+
+
+def dynamic_axes(
+    ctx: click.Context, param: click.Parameter, values: Sequence[str]
+) -> dict[str, dict[int, str]] | None:
+    """What `compile(dynamic=...)` takes, from texts of the form `NAME:AXIS=SYMBOL`."""
+    dynamic: dict[str, dict[int, str]] = {}
+    for value in values:
+        left, _, symbol = value.rpartition("=")
+        name, _, axis = left.rpartition(":")
+        if not (name and axis.isdigit() and symbol.isidentifier()):
+            raise click.BadParameter(
+                f"{value!r} is not NAME:AXIS=SYMBOL, for example input_ids:1=tokens.", ctx, param
+            )
+        dynamic.setdefault(name, {})[int(axis)] = symbol
+    return dynamic or None
+
+
+def program_of(reference: str) -> Program:
+    """The program that a model reference names, imported as a compile would."""
+    from optcompiler.frontend import import_model
+    from optcompiler.sources import model_from_reference
+
+    model, example_inputs = model_from_reference(reference)
+    return import_model(model, example_inputs).program

@@ -1,0 +1,181 @@
+"""What every command shares: exit codes, JSON, plugins, and what happens when something breaks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from optcompiler._version import __version__
+from optcompiler.errors import OptcompilerError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from optcompiler.plugins import Registry
+
+INTERNAL = 70
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+DISTRIBUTION = "optcompiler"
+
+
+class Shell(click.Group):
+    """A group whose `main` turns every outcome into an exit code and at most one sentence."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
+        arguments = list(sys.argv[1:] if args is None else args)
+        extra = {"prog_name": DISTRIBUTION, **extra, "standalone_mode": False}
+        as_json = "--json" in arguments
+        try:
+            code: Any = super().main(arguments, **extra)
+        except click.exceptions.Abort:
+            code = _failed("Interrupted", "interrupted.", INTERRUPTED, as_json)
+        except click.ClickException as error:
+            code = _misused(error, as_json)
+        except OptcompilerError as error:
+            if error.exit_code == INTERNAL:
+                code = _crashed(error, arguments, as_json)
+            else:
+                code = _failed(type(error).__name__, str(error), error.exit_code, as_json)
+        except Exception as error:
+            code = _crashed(error, arguments, as_json)
+        sys.exit(code)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            _forget_stdout()
+            ctx.exit(BROKEN_PIPE)
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options `--json` and `--no-plugins`; the command gets `as_json` and `registry`.
+
+    `registry` is a function without arguments, so that a command which needs no plugin loads none.
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout, errors included.")
+    @click.option(
+        "--no-plugins", is_flag=True, help="Leave out plugins of other distributions than ours."
+    )
+    @click.pass_context
+    @functools.wraps(command)
+    def wrapped(ctx: click.Context, /, *args: Any, no_plugins: bool, **kwargs: Any) -> Any:
+        given: Callable[[], Registry] | None = ctx.obj
+        kwargs["registry"] = given or functools.partial(load_registry, no_plugins)
+        return ctx.invoke(command, *args, **kwargs)
+
+    return wrapped
+
+
+def load_registry(no_plugins: bool) -> Registry:
+    """Every installed plugin, or only those of the distribution `optcompiler`."""
+    from optcompiler.plugins import GROUP, LOAD_VARIABLE, Registry
+
+    if not no_plugins:
+        return Registry()
+    own = [
+        e.name
+        for e in importlib.metadata.entry_points(group=GROUP)
+        if e.dist is not None and e.dist.name == DISTRIBUTION
+    ]
+    if LOAD_VARIABLE in os.environ:
+        wanted = {n.strip() for n in os.environ[LOAD_VARIABLE].split(",")}
+        own = [n for n in own if n in wanted]
+    return Registry(load=own)
+
+
+def write(
+    data: Any, parts: Callable[[], Iterable[RenderableType]], *, as_json: bool, wide: bool = False
+) -> None:
+    """`data` as JSON, or the renderables that `parts` makes, to stdout.
+
+    Text is as wide as the terminal, 100 columns where there is none, and with `wide` never cut.
+    """
+    if as_json:
+        from optcompiler.files import to_json
+
+        click.echo(to_json(data), nl=False)
+        return
+    from optcompiler.summary import WIDTH, to_text
+
+    width = WIDTH
+    if wide:
+        width = 100_000
+    elif sys.stdout.isatty():
+        width = max(60, os.get_terminal_size(sys.stdout.fileno()).columns)
+    click.echo(to_text(parts(), width), nl=False)
+
+
+def _forget_stdout() -> None:
+    """Nobody reads any more: let what is still buffered go nowhere, without a second error."""
+    try:
+        handle = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, handle)
+    os.close(nowhere)
+
+
+def _failed(kind: str, message: str, code: int, as_json: bool, **more: str) -> int:
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    click.echo(f"{DISTRIBUTION}: {line}", err=True)
+    if as_json:
+        error = {"kind": kind, "message": message, "exit_code": code, **more}
+        click.echo(json.dumps({"error": error}, indent=1, sort_keys=True))
+    return code
+
+
+def _misused(error: click.ClickException, as_json: bool) -> int:
+    if not as_json:
+        error.show()
+        return 2
+    return _failed(type(error).__name__, error.format_message(), 2, as_json)
+
+
+def _crashed(error: BaseException, arguments: Sequence[str], as_json: bool) -> int:
+    kind = type(error).__name__
+    message = f"internal error: {kind}: {error}"
+    try:
+        place = str(_reproducer(error, arguments))
+    except OSError as problem:
+        click.echo("".join(traceback.format_exception(error)), err=True)
+        return _failed(kind, f"{message}; no reproducer written: {problem}.", INTERNAL, as_json)
+    message = f"{message}; what is needed to reproduce it is in {place}, please report it."
+    return _failed(kind, message, INTERNAL, as_json, reproducer=place)
+
+
+def _reproducer(error: BaseException, arguments: Sequence[str]) -> Path:
+    """A fresh directory with the traceback, the command line and the versions in use."""
+    place = Path(tempfile.mkdtemp(prefix="optcompiler-crash-"))
+    (place / "traceback.txt").write_text("".join(traceback.format_exception(error)), "utf-8")
+    command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([DISTRIBUTION, *arguments])}\n"
+    (place / "command.txt").write_text(command, "utf-8")
+    versions = {
+        "optcompiler": __version__,
+        "python": sys.version,
+        "platform": platform.platform(),
+        "packages": {
+            d.metadata["Name"]: d.version
+            for d in importlib.metadata.distributions()
+            if d.metadata["Name"]
+        },
+    }
+    (place / "versions.json").write_text(json.dumps(versions, indent=1, sort_keys=True), "utf-8")
+    return place
