@@ -18,6 +18,8 @@ import numpy.typing as npt
 from optcompiler.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from optcompiler.ops import OpTable
     from optcompiler.program import Program
     from optcompiler.rewriting import Batch, Progress
@@ -66,7 +68,7 @@ class _HistogramObserver(Observer):
     """Counts of finite non-zero values in `BINS` bins [k * width, (k + 1) * width)."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros(BINS, np.int64)
+        self._counts: npt.NDArray[np.int64] = np.zeros(BINS, np.int64)
         self._exponent: int | None = None
         self._first = 0
         self._low = math.inf
@@ -80,7 +82,7 @@ class _HistogramObserver(Observer):
 
     def update(self, array: Array) -> None:
         values = np.asarray(array).reshape(-1)
-        if values.dtype not in (np.float32, np.float64):
+        if values.dtype.name not in ("float32", "float64"):
             values = values.astype(np.float64)
         if values.size == 0:
             return
@@ -149,7 +151,7 @@ class _HistogramObserver(Observer):
         filled = np.flatnonzero(self._counts)
         width = 2.0 ** (self._exponent or 0)
         low, high = self._extremes()
-        centres = np.clip((self._first + filled + 0.5) * width, low, high)
+        centres = np.clip((self._first + filled + 0.5) * width, low, high).astype(np.float64)
         return centres, self._counts[filled].astype(np.float64)
 
 
@@ -270,18 +272,22 @@ def observe(
 ) -> dict[str, Observer]:
     """Run `program` over `batches` once and let one new observer watch each named value.
 
-    Only one batch's intermediate values are alive at a time. Names must be values of the main
-    graph. Raises `UnsupportedOperatorError` where the program holds an operator without a meaning
-    in torch.
+    No value is kept after its last use, so memory does not grow with names or batches. Names must
+    be values of the main graph that an output depends on. Raises `UnsupportedOperatorError` where
+    the program holds an operator without a meaning in torch, and `InputError` for an unknown name.
     """
-    from optcompiler.executor import run_values
+    from optcompiler import executor
 
     observers = {name: make() for name in names}
+    module = executor.to_torch(program, ops, trainable=False)
+
+    def seen(name: str, tensor: torch.Tensor) -> None:
+        observers[name].update(tensor.detach().cpu().numpy())
+
     description = f"observing {len(observers)} values"
     items: Iterable[Batch] = progress.track(batches, description) if progress else batches
     for batch in items:
-        for name, array in run_values(program, batch, names, ops).items():
-            observers[name].update(array)
+        executor.observe(module, batch, seen, names)
     return observers
 
 

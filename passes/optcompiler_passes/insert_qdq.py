@@ -62,7 +62,7 @@ class InsertQdq(Pass):
     3. The output is quantised where the target's kernel cannot write float, after the Relu or Clip
        that the kernel absorbs.
     4. Elementwise nodes, concatenations and poolings are sites where an operand comes from an
-       integer kernel and every reader is one. Where the target fuses an Add into the contraction
+       integer kernel and a reader is one. Where the target fuses an Add into the contraction
        that feeds it, that operand stays as it is.
     5. Ranges come from one pass of `program` over the calibration batches.
 
@@ -251,9 +251,8 @@ class Survey:
         result = self._after_activation(node.outputs[0])
         if result.is_graph_output():
             raise _No(f"its result {_name(result)} is an output of the program and stays float")
-        floats = self._float_reader(result)
-        if floats is not None:
-            raise _No(f"{floats.op_type} {floats.name!r} reads its result as float")
+        if not self._integer_reader(result):
+            raise _No(f"no integer kernel reads its result {_name(result)}")
         if node.op_type == "Add" and self.fuses:
             fused = self._fused_operand(node, operands)
             operands = [i for i in operands if i != fused]
@@ -291,23 +290,15 @@ class Survey:
                 return reader.outputs[0]
         return value
 
-    def _float_reader(self, value: ir.Value) -> ir.Node | None:
-        """A node that reads `value`, or a rearrangement of it, as float."""
-        if value.is_graph_output():
-            return value.producer()
+    def _integer_reader(self, value: ir.Value) -> bool:
+        """Whether an integer kernel reads `value`, or a rearrangement of it."""
         for use in value.uses():
-            node = use.node
-            if use.idx in self._operands.get(node, ()) or node.op_type == "QuantizeLinear":
-                continue
-            if node.op_type in KEEPS_LEVELS | PICKS_LEVELS and use.idx == 0:
-                found = next(
-                    (f for v in node.outputs if (f := self._float_reader(v)) is not None), None
-                )
-                if found is None:
-                    continue
-                return found
-            return node
-        return None
+            if use.idx in self._operands.get(use.node, ()):
+                return True
+            moves = use.node.op_type in KEEPS_LEVELS | PICKS_LEVELS and use.idx == 0
+            if moves and any(self._integer_reader(v) for v in use.node.outputs):
+                return True
+        return False
 
     def from_integer(self, value: ir.Value | None, depth: int = 12) -> bool:
         """Whether `value` is made by an integer kernel, through what that kernel can absorb."""

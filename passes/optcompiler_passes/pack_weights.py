@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optcompiler.observers import INTEGER_RANGES, quantize_array
-from optcompiler.program import Program, constant
+from optcompiler.program import Program, constant, static_shape
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
 from optcompiler_passes._qdq import dequantizer
 
@@ -34,10 +34,11 @@ class PackWeights(Pass):
     Rules:
     1. Every QuantizeLinear whose operands are all constants becomes an initializer holding what the
        ONNX operator computes; only integer types are folded.
-    2. A constant float bias of a Conv, or of a Gemm with alpha = beta = 1, becomes int32 with scale
-       s_x * s_w and zero point 0 when data and weight come from DequantizeLinear with constant
-       scales, that of the data for the whole tensor. That moves the bias by half a step of the
-       accumulator at most.
+    2. A constant float bias of a Conv, of a Gemm with alpha = beta = 1, or of an Add that alone
+       reads a MatMul, becomes int32 with scale s_x * s_w and zero point 0 when data and weight come
+       from DequantizeLinear with constant scales, that of the data for the whole tensor. That moves
+       the bias by half a step of the accumulator at most. (ONNX Runtime runs such a node in float
+       when its bias is float.)
     3. It declines a bias that would not fit 32 bits: that bias stays float.
     """
 
@@ -117,39 +118,54 @@ def _replace(program: Program, node: ir.Node, tensor: ir.TensorProtocol) -> None
 
 @dataclass(frozen=True)
 class _Bias:
+    operand: int
     levels: np.ndarray
     scale: np.ndarray
 
 
 def _bias(node: ir.Node) -> _Bias | str | None:
     """The integer bias of a node, the reason why it stays float, or None where there is none."""
-    if node.op_type not in ("Conv", "Gemm") or node.domain != "" or len(node.inputs) < 3:
+    operand = 2
+    contraction: ir.Node | None = node
+    if node.domain == "" and node.op_type == "Add":
+        constants = [i for i, v in enumerate(node.inputs) if constant(v) is not None]
+        operand = constants[0] if len(constants) == 1 else 2
+        contraction = _matmul_read_by(node, 1 - operand) if operand < 2 else None
+    elif node.domain != "" or node.op_type not in ("Conv", "Gemm"):
         return None
-    bias = constant(node.inputs[2])
-    scales = [_scale(v) for v in node.inputs[:2]]
-    if bias is None or bias.dtype != np.float32 or scales[0] is None or scales[1] is None:
+    if contraction is None or len(node.inputs) <= operand:
         return None
-    data, weight = scales
-    channels = _channels(node)
-    if data is None or weight is None or data.size != 1 or channels is None:
+    bias = constant(node.inputs[operand])
+    data, weight = (_scale(v) for v in contraction.inputs[:2])
+    channels = _channels(contraction)
+    if bias is None or bias.dtype != np.float32 or channels is None:
         return None
-    if weight.size not in (1, channels) or bias.size not in (1, channels):
+    if data is None or weight is None or data.size != 1 or weight.size not in (1, channels):
         return None
+    if bias.size not in (1, channels) or (bias.size > 1 and bias.shape[-1] != channels):
+        return None
+    where = f"the bias {node.inputs[operand].name!r}"  # type: ignore[union-attr]
     if node.op_type == "Gemm" and not _plain_gemm(node):
-        return f"the Gemm scales its operands, so its bias {_name(node.inputs[2])} stays float"
-    scale = data.reshape(()) * weight.reshape(-1)
-    if scale.size == 1:
-        scale = np.broadcast_to(scale, (channels,))
+        return f"the Gemm scales its operands, so {where} stays float"
+    scale = np.broadcast_to(data.reshape(()) * weight.reshape(-1), (channels,))
     scale = np.ascontiguousarray(scale, np.float32)
-    flat = np.broadcast_to(bias.reshape(-1), (channels,)).astype(np.float64)
-    levels = np.rint(flat / scale.astype(np.float64))
+    values = np.broadcast_to(bias.reshape(-1), (channels,)).astype(np.float64)
+    levels = np.rint(values / scale.astype(np.float64))
     over = int((np.abs(levels) > _LIMIT).sum())
     if over:
         return (
-            f"{over} of {channels} values of the bias {_name(node.inputs[2])} do not fit 32 bits "
-            f"at the scale of the accumulator, so it stays float"
+            f"{over} of {channels} values of {where} do not fit 32 bits at the scale of the "
+            f"accumulator, so it stays float"
         )
-    return _Bias(levels.astype(np.int32), scale)
+    return _Bias(operand, levels.astype(np.int32), scale)
+
+
+def _matmul_read_by(node: ir.Node, operand: int) -> ir.Node | None:
+    value = node.inputs[operand]
+    made = value.producer() if value is not None else None
+    if value is None or made is None or made.op_type != "MatMul" or made.domain != "":
+        return None
+    return made if len(value.uses()) == 1 and not value.is_graph_output() else None
 
 
 def _scale(value: ir.Value | None) -> np.ndarray | None:
@@ -158,12 +174,14 @@ def _scale(value: ir.Value | None) -> np.ndarray | None:
 
 
 def _channels(node: ir.Node) -> int | None:
-    shape = node.outputs[0].shape
-    axis = 1
-    if shape is None or len(shape) <= axis:
+    """Output channels of a contraction, from its weight (whose dequantiser has it in int8)."""
+    weight = node.inputs[1]
+    shape = static_shape(weight) if weight is not None else None
+    if shape is None or len(shape) < 2 or (node.op_type == "MatMul" and len(shape) != 2):
         return None
-    size = shape[axis]
-    return size if isinstance(size, int) else None
+    if node.op_type == "Conv" or node.attributes.get_int("transB", 0):
+        return shape[0]
+    return shape[1]
 
 
 def _plain_gemm(node: ir.Node) -> bool:
@@ -172,7 +190,7 @@ def _plain_gemm(node: ir.Node) -> bool:
 
 
 def _quantize_bias(program: Program, node: ir.Node, bias: _Bias) -> None:
-    value = node.inputs[2]
+    value = node.inputs[bias.operand]
     assert value is not None
     name = str(value.name)
     operands = [
@@ -187,8 +205,4 @@ def _quantize_bias(program: Program, node: ir.Node, bias: _Bias) -> None:
     result.name = program.fresh_name(f"{name}_dequantized")
     result.type, result.shape = value.type, ir.Shape(bias.levels.shape)
     program.graph.insert_before(node, dequantize)
-    node.replace_input_with(2, result)
-
-
-def _name(value: ir.Value | None) -> str:
-    return repr(value.name) if value is not None else "that is absent"
+    node.replace_input_with(bias.operand, result)

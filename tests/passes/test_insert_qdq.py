@@ -1,0 +1,356 @@
+"""insert-qdq: which nodes become sites, where pairs go, and the reasons for leaving nodes alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from optcompiler.errors import Declined, InputError
+from optcompiler.observers import MinMaxObserver
+from optcompiler.program import Program, constant
+from optcompiler.rewriting import apply_candidate
+from optcompiler_passes.insert_qdq import InsertQdq
+from tests.support import (
+    INT8,
+    apply_all,
+    make_context,
+    op_types,
+    proposals,
+    random_inputs,
+    run_onnx,
+)
+
+FUSING = INT8
+PLAIN = replace(INT8, fusions=frozenset(), float_outputs=frozenset({"MatMul", "Gemm"}))
+
+
+def program(body: str, **weights: tuple[int, ...]) -> Program:
+    """The program `body`, with seeded normal float initializers of the given shapes."""
+    rng = np.random.default_rng(0)
+    result = Program.from_text('<ir_version: 10, opset_import: ["": 21]>\n' + body)
+    for name, shape in weights.items():
+        values = [v for v in result.graph.initializers.values() if v.name == name]
+        result.set_weight(values[0], rng.standard_normal(shape).astype(np.float32))
+    result.infer_shapes()
+    return result
+
+
+def zeros(name: str, *shape: int) -> str:
+    count = int(np.prod(shape))
+    return f"float[{','.join(map(str, shape))}] {name} = {{{','.join('0' * count)}}}"
+
+
+def inputs_of(result: Program, node: str) -> list[str]:
+    found = result.node(node)
+    assert found is not None
+    return [str(v.name) for v in found.inputs if v is not None]
+
+
+def reasons(body: Program, **changes) -> dict[str, str]:
+    context = make_context(body, **changes)
+    return {d.site: d.reason for d in proposals(InsertQdq(), body, context)[1]}
+
+
+CONV_RELU = f"""g (float[1,2,5,5] x) => (float[1,2,5,5] y)
+<{zeros("w", 3, 2, 3, 3)}, {zeros("b", 3)}, {zeros("v", 2, 3, 1, 1)}> {{
+  [conv1] c = Conv<pads=[1,1,1,1]>(x, w, b)
+  [relu] r = Relu(c)
+  [conv2] d = Conv(r, v)
+  [exp] y = Exp(d)
+}}"""
+
+
+def conv_relu() -> Program:
+    return program(CONV_RELU, w=(3, 2, 3, 3), b=(3,), v=(2, 3, 1, 1))
+
+
+def test_conv_relu_is_quantised_around_the_relu():
+    before = conv_relu()
+    context = make_context(before, capabilities=PLAIN)
+    candidates, declines = proposals(InsertQdq(), before, context)
+    assert [(c.site, c.choice, c.exact) for c in candidates] == [
+        ("conv1", "int8", False),
+        ("conv2", "int8", False),
+    ]
+    assert candidates[0].nodes == ("conv1", "relu")
+    assert not declines
+    after, _ = apply_all(InsertQdq(), before, context)
+    assert inputs_of(after, "conv1") == ["x_dequantized", "w_dequantized", "b"]
+    assert inputs_of(after, "relu") == ["c"]
+    assert inputs_of(after, "conv2") == ["r_dequantized", "v_dequantized"]
+    assert inputs_of(after, "exp") == ["d_dequantized"]
+    assert op_types(after).count("QuantizeLinear") == 5
+    scale, zero_point = after.value("w_scale"), after.value("w_zero_point")
+    assert constant(scale).shape == (3,)
+    assert zero_point.dtype == ir.DataType.INT8
+    assert not constant(zero_point).any()
+    assert after.node("w_quantize").attributes.get_int("axis") == 0
+    assert after.value("w").dtype == ir.DataType.FLOAT
+    assert after.value("r_zero_point").dtype == ir.DataType.UINT8
+    assert constant(after.value("r_zero_point")) == 0
+
+
+def test_accuracy_is_that_of_eight_bits():
+    before = conv_relu()
+    after, _ = apply_all(InsertQdq(), before)
+    feed = random_inputs(before, 1)
+    [got], [expected] = run_onnx(after, feed), run_onnx(before, feed)
+    error = np.log(got) - np.log(expected)
+    assert 0 < np.linalg.norm(error) < 0.02 * np.linalg.norm(np.log(expected))
+
+
+def test_a_fusing_target_leaves_outputs_to_their_readers():
+    after, _ = apply_all(InsertQdq(), conv_relu())
+    assert inputs_of(after, "exp") == ["d"]
+    assert inputs_of(after, "conv2") == ["r_dequantized", "v_dequantized"]
+
+
+def test_order_of_application_does_not_matter():
+    before = conv_relu()
+    candidates, _ = proposals(InsertQdq(), before, make_context(before, capabilities=PLAIN))
+    hashes = set()
+    for order in (candidates, candidates[::-1], [*candidates, *candidates]):
+        after = before
+        for candidate in order:
+            after = apply_candidate("insert-qdq", candidate, after).after
+        after.verify(like=before)
+        names = sorted(n.name for n in after.graph)
+        hashes.add((tuple(names), run_onnx(after)[0].tobytes()))
+    assert len(hashes) == 1
+
+
+def test_second_run_finds_everything_quantised():
+    after, _ = apply_all(InsertQdq(), conv_relu())
+    candidates, declines = proposals(InsertQdq(), after)
+    assert not candidates
+    assert {d.reason for d in declines} == {"already quantised"}
+
+
+RESIDUAL = f"""g (float[1,2,4,4] x) => (float[1,2,4,4] y)
+<{zeros("w", 2, 2, 1, 1)}, {zeros("v", 2, 2, 1, 1)}, {zeros("u", 2, 2, 1, 1)}> {{
+  [stem] s = Conv(x, w)
+  [srelu] r = Relu(s)
+  [conv] c = Conv(r, v)
+  [add] a = Add(c, r)
+  [relu] t = Relu(a)
+  [last] l = Conv(t, u)
+  [exp] y = Exp(l)
+}}"""
+
+
+def residual() -> Program:
+    return program(RESIDUAL, w=(2, 2, 1, 1), v=(2, 2, 1, 1), u=(2, 2, 1, 1))
+
+
+def test_residual_add_of_a_plain_target_reads_and_writes_integers():
+    before = residual()
+    after, _ = apply_all(InsertQdq(), before, make_context(before, capabilities=PLAIN))
+    assert inputs_of(after, "add") == ["c_dequantized", "r_dequantized"]
+    assert inputs_of(after, "relu") == ["a"]
+    assert inputs_of(after, "last") == ["t_dequantized", "u_dequantized"]
+
+
+def test_residual_add_of_a_fusing_target_keeps_the_sum_in_the_kernel():
+    after, _ = apply_all(InsertQdq(), residual())
+    assert inputs_of(after, "add") == ["c", "r_dequantized"]
+    assert inputs_of(after, "relu") == ["a"]
+    assert inputs_of(after, "last") == ["t_dequantized", "u_dequantized"]
+
+
+def test_pooling_and_reshapes_carry_the_scale_of_what_they_move():
+    body = f"""g (float[1,2,4,4] x) => (float[1,3] y)
+    <{zeros("w", 2, 2, 1, 1)}, {zeros("v", 8, 3)}, int64[2] shape = {{1, 8}}> {{
+      [conv] c = Conv(x, w)
+      [relu] r = Relu(c)
+      [pool] p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)
+      [flat] f = Reshape(p, shape)
+      [fc] y = Gemm(f, v)
+    }}"""
+    after, _ = apply_all(InsertQdq(), program(body, w=(2, 2, 1, 1), v=(8, 3)))
+    assert inputs_of(after, "pool") == ["r_dequantized"]
+    assert inputs_of(after, "flat") == ["p_dequantized", "shape"]
+    assert inputs_of(after, "fc") == ["f_dequantized", "v_dequantized"]
+    for name in ("r_quantize", "p_quantize", "f_quantize", "f_dequantize"):
+        assert inputs_of(after, name)[1:] == ["r_scale", "r_zero_point"]
+    assert after.node("v_quantize").attributes.get_int("axis") == 1
+
+
+ATTENTION = f"""g (float[1,4,6] x) => (float[1,4,6] y)
+<{zeros("wq", 6, 6)}, {zeros("wk", 6, 6)}, {zeros("bias", 6)}> {{
+  [q] q0 = MatMul(x, wq)
+  [qb] q1 = Add(q0, bias)
+  [k] k0 = MatMul(x, wk)
+  [kt] k1 = Transpose<perm=[0,2,1]>(k0)
+  [qk] s = MatMul(q1, k1)
+  [softmax] p = Softmax(s)
+  [pv] o = MatMul(p, q1)
+  [res] t = Add(o, x)
+  [exp] y = Exp(t)
+}}"""
+
+
+@pytest.mark.parametrize("capabilities", [PLAIN, FUSING])
+def test_attention(capabilities):
+    before = program(ATTENTION, wq=(6, 6), wk=(6, 6), bias=(6,))
+    context = make_context(before, capabilities=capabilities)
+    candidates, declines = proposals(InsertQdq(), before, context)
+    assert [c.site for c in candidates] == ["q", "k", "qk", "pv"]
+    assert {d.site: d.reason for d in declines} == {"res": "no integer kernel reads its result 't'"}
+    after, _ = apply_all(InsertQdq(), before, context)
+    assert inputs_of(after, "q") == ["x_dequantized", "wq_dequantized"]
+    assert inputs_of(after, "k") == ["x_dequantized", "wk_dequantized"]
+    assert inputs_of(after, "qb") == ["q0", "bias"]
+    assert inputs_of(after, "kt") == ["k0_dequantized"]
+    assert inputs_of(after, "qk") == ["q1_dequantized", "k1_dequantized"]
+    assert inputs_of(after, "softmax") == ["s"]
+    assert inputs_of(after, "pv") == ["p_dequantized", "q1_dequantized"]
+    assert inputs_of(after, "res") == ["o", "x"]
+
+
+def test_a_shared_weight_has_one_pair():
+    body = f"""g (float[1,3] x) => (float[1,3] y) <{zeros("w", 3, 3)}> {{
+      [a] h = MatMul(x, w)
+      [b] y = MatMul(h, w)
+    }}"""
+    after, _ = apply_all(InsertQdq(), program(body, w=(3, 3)))
+    assert op_types(after).count("QuantizeLinear") == 3
+    assert inputs_of(after, "a")[1] == inputs_of(after, "b")[1] == "w_dequantized"
+
+
+def test_transposed_gemm_has_its_channels_first():
+    body = f"""g (float[1,3] x) => (float[1,2] y) <{zeros("w", 2, 3)}, {zeros("b", 2)}> {{
+      [fc] y = Gemm<transB=1>(x, w, b)
+    }}"""
+    after, _ = apply_all(InsertQdq(), program(body, w=(2, 3), b=(2,)))
+    assert after.node("w_quantize").attributes.get_int("axis") == 0
+    assert constant(after.value("w_scale")).shape == (2,)
+
+
+def test_per_tensor_weights_where_the_target_wants_them():
+    before = conv_relu()
+    capabilities = replace(INT8, per_channel=False, activation_dtype="INT8")
+    after, _ = apply_all(InsertQdq(), before, make_context(before, capabilities=capabilities))
+    assert constant(after.value("w_scale")).shape == ()
+    assert constant(after.value("r_zero_point")) == -128
+
+
+def test_scale_of_a_dead_channel_leaves_room_for_its_bias():
+    before = conv_relu()
+    weight = np.array(constant(before.value("w")))
+    weight[1] *= 1e-12
+    before.set_weight(before.value("w"), weight)
+    after, _ = apply_all(InsertQdq(), before)
+    unit = constant(after.value("x_scale")) * constant(after.value("w_scale"))
+    assert (np.abs(constant(after.value("b"))) / unit).max() < 2**31
+
+
+def test_reasons():
+    before = conv_relu()
+    assert reasons(before, calibration=()) == {
+        "program": "no calibration data to take ranges from; pass calibration=batches"
+    }
+    assert reasons(before, precisions=frozenset({"fp32"})) == {
+        "program": "precision int8 is not among those allowed: fp32"
+    }
+    assert reasons(before, capabilities=replace(INT8, integer_ops=frozenset())) == {
+        "program": "target onnxruntime has no integer kernels"
+    }
+    assert reasons(before, calibration=[{"x": np.full((1, 2, 5, 5), np.nan, np.float32)}]) == {
+        "conv1": "50 values of 'x' were NaN or infinite in calibration",
+        "conv2": "75 values of 'r' were NaN or infinite in calibration",
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            "g (float[1,2,3,3] x, float[2,2,1,1] w) => (float[1,2,3,3] y) {[n] y = Conv(x, w)}",
+            "its weight 'w' is not a constant",
+        ),
+        (
+            f"g (float[1,2,3] x) => (float[1,2,2] y) <{zeros('w', 1, 3, 2)}>"
+            "{[n] y = MatMul(x, w)}",
+            "its weight 'w' has 3 dimensions, not 2",
+        ),
+        (
+            "g (double[2,2] x, double[2,2] w) => (double[2,2] y) {[n] y = MatMul(x, w)}",
+            "'x' is double, not float",
+        ),
+        (
+            f"g (float[2,2] x) => (float[2,2] y) <{zeros('w', 2, 2)}> {{[n] y = MatMul(w, x)}}",
+            "its operand 'w' is a constant where data is expected",
+        ),
+        (
+            "g (float[2,2] x, float[2,2] z) => (float[2,2] y) {a = Add(x, z) y = Exp(a)}",
+            "no integer kernel reads its result 'a'",
+        ),
+        (
+            "g (float[2,2] x, float[2,2] z) => (float[2,2] y) {[n] y = Add(x, z)}",
+            "its result 'y' is an output of the program and stays float",
+        ),
+        (
+            "g (float[2,2] x, float[2,2] z, float[2,2] w) => (float[2,2] y)"
+            "{a = Add(x, z) [mm] y = MatMul(a, w)}",
+            "none of its operands comes from an integer kernel",
+        ),
+    ],
+)
+def test_reason_of_a_node(body, reason):
+    found = reasons(program(body))
+    assert list(found.values()) == [reason]
+
+
+def test_plain_target_needs_its_convolutions_to_write_integers():
+    body = f"g (float[1,2,3,3] x) => (float[1,2,3,3] y) <{zeros('w', 2, 2, 1, 1)}>"
+    body += "{[n] y = Conv(x, w)}"
+    found = reasons(program(body), capabilities=PLAIN)
+    assert found["n"].startswith("its result 'y' is an output of the program, and the target's")
+
+
+def test_nan_weights():
+    before = conv_relu()
+    weight = np.array(constant(before.value("w")))
+    weight[1, 0, 0, 0] = np.nan
+    before.set_weight(before.value("w"), weight)
+    context = make_context(before, calibration=[random_inputs(before)])
+    _, declines = proposals(InsertQdq(), before, context)
+    assert {d.site: d.reason for d in declines}["conv1"] == (
+        "1 of 3 output channels hold NaN weights"
+    )
+
+
+def test_skip_by_glob():
+    before = conv_relu()
+    candidates, declines = proposals(InsertQdq(skip=("conv1*",)), before)
+    assert [c.site for c in candidates] == ["conv2"]
+    assert [(d.site, d.reason) for d in declines] == [("conv1", "skipped by 'conv1*'")]
+
+
+def test_a_site_that_is_gone_declines():
+    before = conv_relu()
+    candidates, _ = proposals(InsertQdq(), before)
+    with pytest.raises(Declined, match="conv1"):
+        candidates[0].rewrite(program("g (float[1] x) => (float[1] y) {y = Exp(x)}"))
+
+
+def test_observers_come_from_the_context():
+    class Half(MinMaxObserver):
+        name = "half"
+
+        def range(self, bits, symmetric):
+            low, high = super().range(bits, symmetric)
+            return low / 2, high / 2
+
+    before = conv_relu()
+    full = proposals(InsertQdq(observer="minmax"), before)[0]
+    context = make_context(before, observers={"half": Half})
+    half = proposals(InsertQdq(observer="half"), before, context)[0]
+    for a, b in zip(full, half, strict=True):
+        for name, scale in a.details["scales"].items():
+            assert b.details["scales"][name] == pytest.approx(scale / 2)
+    with pytest.raises(InputError, match="half"):
+        proposals(InsertQdq(observer="half"), before)
