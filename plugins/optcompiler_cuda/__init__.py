@@ -1,0 +1,18 @@
+"""The `cuda` backend: Triton source printed from the shared lowered form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from optcompiler.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from optcompiler.backend import Backend
+
+
+@hookimpl
+def optcompiler_backends() -> Iterable[Backend]:
+    from optcompiler_cuda.backend import CudaBackend
+
+    return [CudaBackend()]

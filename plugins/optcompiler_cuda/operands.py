@@ -1,0 +1,69 @@
+"""The two sides of a contraction: integers, what they stand for, and their constants laid out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from optcompiler.lowering.ir import Operand, Quantization, View
+from optcompiler_cuda.text import Axis, KernelText
+
+BYTES = frozenset({"INT8", "UINT8"})
+
+
+def integer(a: Operand, b: Operand) -> bool:
+    """Whether the contraction sums integers."""
+    return a.quantization is not None and b.quantization is not None
+
+
+def shifted(kernel: KernelText, text: str, quantization: Quantization, channel: Axis) -> str:
+    """`q - zero_point` as int32."""
+    text = f"{text}.to(tl.int32)"
+    if not quantization.zero_point.any():
+        return text
+    if quantization.zero_point.ndim == 0:
+        return f"({text} - {kernel.real(float(quantization.zero_point))}.to(tl.int32))"
+    points = quantization.zero_point.astype(np.int32)
+    return f"({text} - {kernel.channel_constant('zero_points', points, channel)})"
+
+
+def real(kernel: KernelText, text: str, quantization: Quantization | None, channel: Axis) -> str:
+    """The float32 that an element stands for."""
+    if quantization is None:
+        return text
+    moved = f"{shifted(kernel, text, quantization, channel)}.to(tl.float32)"
+    if quantization.per_tensor:
+        return f"({moved} * {kernel.real(float(quantization.scale))})"
+    return f"({moved} * {kernel.channel_constant('scales', quantization.scale, channel)})"
+
+
+def finished(
+    kernel: KernelText,
+    total: str,
+    a: Operand,
+    b: Operand,
+    bias: np.ndarray | None,
+    channel: Axis,
+    channels: int,
+) -> str:
+    """The accumulator of a contraction: `total` with its bias, scaled when it is an integer."""
+    if bias is not None:
+        total = f"({total} + {kernel.channel_constant('bias', bias, channel)})"
+    if a.quantization is None or b.quantization is None:
+        return total
+    scale = a.quantization.scale.astype(np.float32) * b.quantization.scale.astype(np.float32)
+    per_channel = np.broadcast_to(scale, (channels,)).astype(np.float32)
+    return f"({total}.to(tl.float32) * {kernel.channel_constant('scale', per_channel, channel)})"
+
+
+def constant_array(view: View) -> np.ndarray | None:
+    """The elements of a view of a constant, [*shape], or None when the view is not of a constant."""
+    array = view.buffer.array
+    if array is None:
+        return None
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return np.lib.stride_tricks.as_strided(
+        flat[view.offset :],
+        view.shape,
+        tuple(stride * flat.itemsize for stride in view.strides),
+        writeable=False,
+    )
