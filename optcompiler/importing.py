@@ -9,7 +9,7 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ MINIMUM_IR_VERSION = 10
 
 _FLOATS = frozenset(t for t in ir.DataType if t.is_floating_point())
 _CHUNK = 1 << 22
+_NO_MODULE = "_empty_nn_module_stack"
 
 
 def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Program:
@@ -49,9 +50,11 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     stated = {
         name for name, value in model.graph.initializers.items() if value.const_value is not None
     }
+    _check_connected(model, label)
     _own_weights(model, label)
     _check_finite(model, stated, label)
     _declutter(model, label)
+    _check_ports("input", model.graph.inputs, label)
     program = Program(_at_minimum_opset(model))
     _name_everything(program.model)
     _keep_source_paths(program.model)
@@ -59,10 +62,12 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     try:
         program.infer_shapes()
         infer_outputs(program)
+        _settle_casts(program)
         program.verify()
     except VerificationError as error:
-        raise InputError(f"{label}: {error} Fix the model or export it again.") from error
-    _check_interface(program, label)
+        cause = str(error).rstrip(" .")
+        raise InputError(f"{label}: {cause}; fix the model or export it again.") from error
+    _check_ports("output", program.graph.outputs, label)
     return program
 
 
@@ -110,7 +115,8 @@ def _from_proto(proto: onnx.ModelProto, label: str) -> ir.Model:
     if not proto.HasField("graph") or not proto.opset_import:
         raise InputError(f"{label}: holds no ONNX graph; export the model again.")
     try:
-        return ir.from_proto(proto)
+        with quiet():
+            return ir.from_proto(proto)
     except Exception as error:
         raise InputError(
             f"{label}: not a valid ONNX model ({_one_line(error)}); export the model again."
@@ -176,6 +182,18 @@ def _size_of_data(path: str, where: str) -> int:
     return status.st_size
 
 
+def _check_connected(model: ir.Model, label: str) -> None:
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.producer() is not None:
+                continue
+            if not (value.is_graph_input() or value.is_initializer()):
+                raise InputError(
+                    f"{label}: {node.op_type} {node.name!r} reads {value.name!r}, "
+                    f"which nothing makes; export the model again."
+                )
+
+
 def _own_weights(model: ir.Model, label: str) -> None:
     """Give every initializer a tensor object of its own over the same bytes.
 
@@ -199,7 +217,7 @@ def _own_weights(model: ir.Model, label: str) -> None:
                     f"export the model again."
                 ) from error
             value.dtype = value.const_value.dtype
-            value.shape = ir.Shape(value.const_value.shape)
+            value.shape = ir.Shape(tensor.shape.numpy())
 
 
 def _own(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
@@ -209,13 +227,13 @@ def _own(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
             tensor.offset,
             tensor.length,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=tensor.base_dir,
         )
     if tensor.dtype == ir.DataType.STRING:
-        return ir.StringTensor(tensor.numpy(), shape=ir.Shape(tensor.shape), name=name)
-    return ir.Tensor(tensor.numpy(), tensor.dtype, shape=ir.Shape(tensor.shape), name=name)
+        return ir.StringTensor(tensor.numpy(), shape=ir.Shape(tensor.shape.numpy()), name=name)
+    return ir.Tensor(tensor.numpy(), tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
 
 
 def _check_finite(model: ir.Model, names: Iterable[str], label: str) -> None:
@@ -431,7 +449,8 @@ def source_path(node: ir.Node) -> str:
         return ""
     if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
         return ""
-    return next((p for p in reversed(paths[:-1]) if p), "")
+    named = (p for p in reversed(paths[:-1]) if p and not p.startswith(_NO_MODULE))
+    return next(named, "")
 
 
 def _set_ir_version(model: ir.Model) -> None:
@@ -463,20 +482,36 @@ def infer_outputs(program: Program) -> None:
         )
 
 
-def _check_interface(program: Program, label: str) -> None:
-    for kind, values in (("input", program.graph.inputs), ("output", program.graph.outputs)):
-        for value in values:
-            if not isinstance(value.type, ir.TensorType):
-                raise InputError(
-                    f"{label}: {kind} {value.name!r} is {value.type or 'of unknown type'}; "
-                    f"only tensors can be compiled, so cut the model there."
-                )
-            if value.shape is None:
-                raise InputError(
-                    f"{label}: {kind} {value.name!r} has no shape; "
-                    f"declare its number of dimensions and export again."
-                )
-    if not program.graph.outputs:
+def _settle_casts(program: Program) -> None:
+    """CastLike of a known type becomes Cast: exporters write it, few runtimes have it."""
+    for node in tuple(program.graph.all_nodes()):
+        like = node.inputs[1] if node.op_type == "CastLike" and not node.domain else None
+        if like is None or like.dtype is None:
+            continue
+        attributes = [*node.attributes.values(), ir.AttrInt64("to", int(like.dtype))]
+        cast = ir.Node(
+            "", "Cast", node.inputs[:1], attributes, name=node.name, num_outputs=1,
+            metadata_props=dict(node.metadata_props),
+        )  # fmt: skip
+        old, new = node.outputs[0], cast.outputs[0]
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        assert node.graph is not None
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], [cast], [old], [new])
+
+
+def _check_ports(kind: str, values: Sequence[ir.Value], label: str) -> None:
+    for value in values:
+        if not isinstance(value.type, ir.TensorType):
+            raise InputError(
+                f"{label}: {kind} {value.name!r} is {value.type or 'of unknown type'}; "
+                f"only tensors can be compiled, so cut the model there."
+            )
+        if value.shape is None:
+            raise InputError(
+                f"{label}: {kind} {value.name!r} has no shape; "
+                f"declare its number of dimensions and export again."
+            )
+    if kind == "output" and not values:
         raise InputError(f"{label}: the model has no outputs; export it again.")
 
 

@@ -1,0 +1,202 @@
+"""Calibration data: batches of named arrays from an iterable, a folder of .npz or a callable."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from optcompiler.errors import InputError
+from optcompiler.importing import not_finite
+from optcompiler.program import Port
+from optcompiler.signature import Signature, is_torch
+
+Batch = Mapping[str, np.ndarray]
+"""Inputs by name, each with the batch dimension first."""
+
+MAX_SAMPLES = 512
+"""How many samples are read by default: ranges hardly move after some hundreds."""
+
+HOLDOUT_FROM = 4
+"""With fewer batches than this, nothing is held out."""
+
+_BATCH = "_samples"
+
+
+def load_calibration(
+    source: Any,
+    signature: Signature,
+    *,
+    max_samples: int = MAX_SAMPLES,
+    note: Callable[[str], None] | None = None,
+) -> list[Batch]:
+    """Read at most `max_samples` samples from `source`, checked against the signature's inputs.
+
+    `source` is None (no batches), an iterable of batches, a callable returning one, or a folder of
+    .npz files, read in the order of their names. A batch is a tensor or array, a tuple of positional
+    arguments, or a dict by argument or input name. Where every input begins with the same static
+    batch dimension, batches of other sizes are regrouped to it and a remainder is dropped; where
+    that dimension is symbolic, fewer than four batches are split to make four. `note` hears of what
+    was dropped.
+
+    Raises `InputError` naming the batch and the input: for one that does not fit, and for NaN or
+    infinite values (a mask of zeros, ones and infinities may pass).
+    """
+    if source is None:
+        return []
+    dimension = _batch_dimension(signature.inputs)
+    relaxed = signature
+    if dimension is not None:
+        ports = tuple(replace(p, shape=(_BATCH, *p.shape[1:])) for p in signature.inputs)
+        relaxed = replace(signature, inputs=ports)
+    batches: list[Batch] = []
+    samples = 0
+    for where, item in _items(source):
+        batch = _checked(relaxed, item, where)
+        size = _samples(batch) if dimension is not None else 1
+        batch = _part(batch, 0, max_samples - samples) if samples + size > max_samples else batch
+        batches.append(batch)
+        samples += size
+        if samples >= max_samples:
+            break
+    if not batches:
+        raise InputError("calibration: the source holds no batches; give at least one.")
+    if isinstance(dimension, int):
+        return _regrouped(batches, dimension, note)
+    if dimension is not None and len(batches) < HOLDOUT_FROM <= samples:
+        return _regrouped(batches, math.ceil(samples / HOLDOUT_FROM), None, keep_rest=True)
+    return batches
+
+
+def split_holdout(
+    batches: Sequence[Batch], fraction: float = 0.25
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches for calibrating and batches for judging: evenly spread, the same at every call.
+
+    The second list is empty when there are fewer than four batches.
+    """
+    if not 0 <= fraction < 1:
+        raise InputError(f"calibration: holdout fraction {fraction}; give one from 0 to below 1.")
+    if len(batches) < HOLDOUT_FROM:
+        return list(batches), []
+    held = [math.floor((i + 1) * fraction) > math.floor(i * fraction) for i in range(len(batches))]
+    pairs = list(zip(batches, held, strict=True))
+    return [b for b, h in pairs if not h], [b for b, h in pairs if h]
+
+
+# -- reading --------------------------------------------------------------------------------
+
+
+def _items(source: Any) -> Iterator[tuple[str, Any]]:
+    """Batches as they come, each with the words that an error calls it by."""
+    if isinstance(source, (str, os.PathLike)):
+        yield from _folder(Path(cast("str | os.PathLike[str]", source)))
+        return
+    if is_torch(source) or isinstance(source, (np.ndarray, Mapping)):
+        raise InputError(
+            f"calibration is a single {type(source).__name__}; put the batches into a list."
+        )
+    if callable(source):
+        source = source()
+    if not isinstance(source, Iterable):
+        raise InputError(
+            f"calibration is a {type(source).__name__}; "
+            f"give an iterable of batches, a folder of .npz files, or a callable."
+        )
+    for index, item in enumerate(cast(Iterable[Any], source)):
+        yield f"calibration batch {index}", item
+
+
+def _folder(folder: Path) -> Iterator[tuple[str, Any]]:
+    if not folder.is_dir():
+        raise InputError(f"calibration: {folder} is not a folder; give one with .npz files.")
+    files = sorted(folder.glob("*.npz"))
+    if not files:
+        raise InputError(f"calibration: {folder} holds no .npz files; save batches with np.savez.")
+    for index, path in enumerate(files):
+        where = f"calibration batch {index} ({path.name})"
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except Exception as error:
+            raise InputError(
+                f"{where} is not an .npz of plain arrays ({' '.join(str(error).split())[:200]}); "
+                f"save it again with np.savez."
+            ) from error
+        yield where, arrays
+
+
+def _checked(signature: Signature, item: Any, where: str) -> Batch:
+    try:
+        batch = _bound(signature, item)
+    except InputError as error:
+        detail = str(error).replace(f"['{_BATCH}'", "[N").replace(f"[{_BATCH}", "[N")
+        raise InputError(f"{where} does not fit: {detail.replace(repr(_BATCH), 'N')}") from error
+    for name, array in batch.items():
+        bad = not_finite(array) if array.dtype.kind not in "biuOSU" else 0
+        if bad:
+            raise InputError(
+                f"{where}: input {name!r} holds {bad} NaN or infinite values of {array.size}; "
+                f"leave that batch out."
+            )
+    return batch
+
+
+def _bound(signature: Signature, item: Any) -> Batch:
+    if isinstance(item, Mapping):
+        named = cast(Mapping[Any, Any], item)
+        if named.keys() <= {p.name for p in signature.inputs}:
+            return signature.check(_as_arrays(named, signature.inputs))
+        if named.keys() <= {p.name for p in signature.parameters}:
+            return signature.bind((), named)
+        return signature.bind((item,), {})
+    if isinstance(item, (tuple, list)):
+        return signature.bind(tuple(cast(Sequence[Any], item)), {})
+    return signature.bind((item,), {})
+
+
+def _as_arrays(named: Mapping[Any, Any], ports: Sequence[Port]) -> dict[str, np.ndarray]:
+    from optcompiler.signature import as_array
+
+    return {p.name: as_array(named[p.name], p) for p in ports if p.name in named}
+
+
+# -- regrouping -----------------------------------------------------------------------------
+
+
+def _batch_dimension(ports: Sequence[Port]) -> int | str | None:
+    """The dimension that every input begins with, when there is one."""
+    first = {p.shape[0] if p.shape else None for p in ports}
+    return first.pop() if len(first) == 1 and first != {"?"} else None
+
+
+def _samples(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]
+
+
+def _part(batch: Batch, start: int, stop: int) -> Batch:
+    return {name: array[start:stop] for name, array in batch.items()}
+
+
+def _regrouped(
+    batches: Sequence[Batch], size: int, note: Callable[[str], None] | None, keep_rest: bool = False
+) -> list[Batch]:
+    """The same samples in batches of `size`; what is left over is dropped, or kept on request."""
+    if all(_samples(b) == size for b in batches):
+        return list(batches)
+    whole = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    count = _samples(whole)
+    rest = count % size
+    if count < size:
+        raise InputError(
+            f"calibration: {count} samples given, the model takes batches of {size}; give more."
+        )
+    if rest and not keep_rest and note is not None:
+        note(f"calibration: dropped {rest} of {count} samples to make batches of {size}")
+    end = count if keep_rest else count - rest
+    return [_part(whole, start, start + size) for start in range(0, end, size)]
