@@ -246,10 +246,10 @@ class _Builder:
             if value.name not in graph.initializers:
                 scope[value] = self.placeholder(value.name or "input", value.dtype)
         for value, slot in (outer or {}).items():
-            scope[value] = slot
+            scope[value] = _Slot(slot.name, constant=slot.constant, dtype=slot.dtype)
             if slot.constant is None or slot.weight:
                 scope[value] = self.placeholder(slot.name, slot.dtype, convert=False)
-                scope[value].constant = slot.constant
+                scope[value].constant = slot.constant  # still readable where structure is wanted
         for value in graph.initializers.values():
             scope[value] = _Slot(
                 value.name or "weight",
@@ -323,7 +323,7 @@ class _Builder:
             if slot is None:
                 arguments.append(None)
                 continue
-            plain = _python(slot) if position in spec.static else None
+            plain = _python(slot, spec.pointwise) if position in spec.static else None
             if plain is not None:
                 arguments.append(plain)
                 continue
@@ -543,14 +543,21 @@ def _constant(node: ir.Node, attributes: Mapping[str, Any], label: str) -> _Slot
     )
 
 
-def _python(slot: _Slot) -> Any:
-    """A structural constant as Python numbers; None when the value is no such constant."""
+def _python(slot: _Slot, scalar: bool) -> Any:
+    """A structural constant as Python numbers; None when the value is no such constant.
+
+    With `scalar` only single floats count: a vector of exponents is a weight.
+    """
     if slot.constant is None:
         return None
     array = slot.constant.numpy()
     if array.dtype.kind in "iub" and array.ndim <= 1:
         return array.tolist()
-    return array.reshape(()).item() if array.size == 1 and array.dtype.kind == "f" else None
+    if array.dtype.kind != "f":
+        return None
+    if array.size == 1:
+        return array.reshape(()).item()
+    return None if scalar or array.ndim > 1 else array.tolist()
 
 
 def _captures(graph: ir.Graph) -> list[ir.Value]:

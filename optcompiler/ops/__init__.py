@@ -29,27 +29,35 @@ def builtin_specs() -> tuple[OpSpec, ...]:
     """Declarations of the ONNX operators that the compiler knows. Imports torch."""
     from optcompiler.ops import (
         activation,
+        attention,
         contraction,
         elementwise,
         indexing,
+        loss,
         movement,
         normalization,
         pooling,
         quantization,
+        recurrent,
         reduction,
+        resize,
         shape,
     )
 
     families = (
         activation,
+        attention,
         contraction,
         elementwise,
         indexing,
+        loss,
         movement,
         normalization,
         pooling,
         quantization,
+        recurrent,
         reduction,
+        resize,
         shape,
     )
     return tuple(spec for family in families for spec in family.SPECS)

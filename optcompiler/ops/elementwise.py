@@ -11,7 +11,15 @@ import torch
 from optcompiler.ops.costs import DIVISION, TRANSCENDENTAL, pointwise_cost, variadic_cost
 from optcompiler.ops.declare import op
 from optcompiler.ops.spec import OpSpec, TypeLookup
-from optcompiler.ops.types import FLOAT8, INTEGER_RANGES, carrier_type, onnx_type, torch_type
+from optcompiler.ops.types import (
+    FLOAT8,
+    INTEGER_RANGES,
+    carrier_type,
+    from_carrier,
+    onnx_type,
+    to_carrier,
+    torch_type,
+)
 
 Tensor = torch.Tensor
 
@@ -214,9 +222,15 @@ def _like_type(node: ir.Node, type_of: TypeLookup) -> dict[str, Any]:
     return {} if dtype is None else {"to": int(dtype)}
 
 
-def bit_cast(x: Tensor, *, to: int) -> Tensor:
+def bit_cast(x: Tensor, *, to: int, source: int | None = None) -> Tensor:
     """The same bits read as ONNX type `to`, of equal width."""
-    return x.view(carrier_type(to))
+    bits = x if source is None else from_carrier(x, torch_type(source))
+    return to_carrier(bits.view(torch_type(to)))
+
+
+def _source_type(node: ir.Node, type_of: TypeLookup) -> dict[str, Any]:
+    kind = type_of(node.inputs[0])
+    return {} if kind is None else {"source": int(kind)}
 
 
 def _pointwise(op_type: str, meaning: Any, weight: int = 1, **options: Any) -> OpSpec:
@@ -277,5 +291,5 @@ SPECS: tuple[OpSpec, ...] = (
     _pointwise("Identity", identity, 0, levels="moves"),
     _pointwise("Cast", cast, since=6),
     _pointwise("CastLike", cast_like, since=15, facts=_like_type),
-    _pointwise("BitCast", bit_cast, since=26),
+    _pointwise("BitCast", bit_cast, since=26, facts=_source_type),
 )

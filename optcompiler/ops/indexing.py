@@ -30,7 +30,7 @@ def gather(data: Tensor, indices: Tensor | int | list[int], *, axis: int = 0) ->
     if data.dim() == 2 and axis == 0 and data.is_floating_point() and where.dim() > 0:
         return F.embedding(_positive(where, data.shape[0]), data)
     flat = torch.index_select(data, axis, _positive(where, data.shape[axis]).reshape(-1))
-    return flat.reshape(*data.shape[:axis], *where.shape, *data.shape[axis + 1 :])
+    return flat.reshape((*data.shape[:axis], *where.shape, *data.shape[axis + 1 :]))
 
 
 def gather_elements(data: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:

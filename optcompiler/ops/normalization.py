@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from optcompiler.errors import UnsupportedOperatorError
 from optcompiler.ops.costs import DIVISION, reading_cost
 from optcompiler.ops.declare import op, output_count
 from optcompiler.ops.spec import OpSpec
-from optcompiler.ops.types import carrier_type
+from optcompiler.ops.types import carrier_type, whole
 
 Tensor = torch.Tensor
 
@@ -130,7 +131,15 @@ def dropout(
     seed: int | None = None,
     outputs: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The identity (this is inference), with a mask of ones when it is asked for."""
+    """The identity, with a mask of ones when it is asked for.
+
+    Raises `UnsupportedOperatorError` in training mode, which drops at random.
+    """
+    if bool(whole(training_mode)) and float(whole(ratio)) > 0:
+        raise UnsupportedOperatorError(
+            f"Dropout in training mode with ratio {whole(ratio)} has no fixed result; "
+            f"export the model for inference."
+        )
     return (x, torch.ones_like(x, dtype=torch.bool)) if outputs > 1 else x
 
 
