@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optcompiler.errors import Declined
-from optcompiler.ops.spec import Axis, Channels, Coupling, OpTable
+from optcompiler.ops.spec import Axis, Channels, Coupling, OpTable, attributes_of
 from optcompiler.program import Program, constant, consumed
 
 Key = tuple[str, int]
@@ -118,7 +118,7 @@ class ChannelGraph:
         rule = spec.channels(node) if spec is not None and spec.channels is not None else None
         shapeless = next((v.name for v in touched if v.shape is None), None)
         if rule is None or shapeless is not None:
-            states = "states no channels" if rule is None else f"has {shapeless!r} of unknown shape"
+            states = f"has {shapeless!r} of unknown shape" if shapeless else "states no channels"
             for value in touched:
                 self._pin(value, f"{label} {states}")
             return
@@ -290,6 +290,99 @@ def same_group(graph: ChannelGraph, group: ChannelGroup) -> ChannelGroup:
             f"{', '.join(group.producers)}, and has {now.channels} by {', '.join(now.producers)}."
         )
     return now
+
+
+# -- constants that channels leave behind --------------------------------------------------------
+
+
+def absorb_obstacle(node: ir.Node) -> str:
+    """Why `absorb` cannot work on a node, "" when it can."""
+    label = f"{node.op_type} {node.name!r}"
+    weight, bias = node.inputs[1] if len(node.inputs) > 1 else None, None
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or weight is None:
+        return f"{label} has no bias to hold a constant"
+    if node.op_type != "MatMul" and len(node.inputs) > 2:
+        bias = node.inputs[2]
+    if weight.const_value is None or (bias is not None and bias.const_value is None):
+        return f"{label} has a weight or a bias that is computed"
+    if node.op_type == "Gemm" and attributes_of(node)["transA"]:
+        return f"{label} transposes its input"
+    if node.op_type == "MatMul" and (
+        weight.shape is None or len(weight.shape) != 2 or node.outputs[0].is_graph_output()
+    ):
+        return f"{label} has no place for a bias"
+    return ""
+
+
+def absorb(program: Program, node: ir.Node, constants: np.ndarray) -> None:
+    """Add what constant input channels contribute to a node's output to its bias.
+
+    `constants` holds one value per input channel, 0 for those to leave alone; the weights of the
+    others are not changed here. Exact where every position of the channel holds the constant, so
+    not at the border of a padded Conv. A node without a bias gets one, a MatMul an Add. Raises
+    `Declined` for the nodes that `absorb_obstacle` names.
+    """
+    obstacle = absorb_obstacle(node)
+    if obstacle:
+        raise Declined(f"{obstacle}.")
+    stored = constant(node.inputs[1])
+    assert stored is not None
+    weight = stored.astype(np.float64)
+    attributes = attributes_of(node)
+    if node.op_type == "Conv":
+        groups = int(attributes["group"])
+        taps = weight.reshape(*weight.shape[:2], -1).sum(axis=2)
+        taps = taps.reshape(groups, -1, weight.shape[1])
+        shift = np.einsum("goc,gc->go", taps, constants.reshape(groups, -1)).reshape(-1)
+        _shift_operand(program, node, 2, shift, stored.dtype)
+    elif node.op_type == "Gemm":
+        matrix = weight.T if attributes["transB"] else weight
+        shift = float(attributes["alpha"]) * (constants @ matrix)
+        absent = len(node.inputs) < 3 or node.inputs[2] is None
+        if absent or attributes["beta"] == 0:
+            node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+            _set_operand(program, node, 2, shift.astype(stored.dtype))
+        else:
+            _shift_operand(program, node, 2, shift / float(attributes["beta"]), stored.dtype)
+    else:
+        _shift_matmul(program, node, constants @ weight, stored.dtype)
+
+
+def _shift_matmul(program: Program, node: ir.Node, shift: np.ndarray, dtype: np.dtype[Any]) -> None:
+    out = node.outputs[0]
+    users = list(out.uses())
+    if len(users) == 1 and users[0].node.op_type == "Add":
+        add, other = users[0].node, 1 - users[0].idx
+        bias = constant(add.inputs[other])
+        if bias is not None and bias.ndim <= _rank(out):
+            _shift_operand(program, add, other, shift, dtype)
+            return
+    bias = program.add_weight(f"{node.name}.bias", shift.astype(dtype))
+    result = ir.val(program.fresh_name(f"{out.name}.biased"), dtype=out.dtype, shape=out.shape)
+    add = ir.Node(
+        "", "Add", [out, bias], outputs=[result], name=program.fresh_name(f"{node.name}.add")
+    )
+    for use in users:
+        use.node.replace_input_with(use.idx, result)
+    program.graph.insert_after(node, add)
+
+
+def _shift_operand(
+    program: Program, node: ir.Node, index: int, shift: np.ndarray, dtype: np.dtype[Any]
+) -> None:
+    held = constant(node.inputs[index]) if index < len(node.inputs) else None
+    total = shift if held is None else held.astype(np.float64) + shift
+    _set_operand(program, node, index, total.astype(dtype))
+
+
+def _set_operand(program: Program, node: ir.Node, index: int, array: np.ndarray) -> None:
+    held = node.inputs[index] if index < len(node.inputs) else None
+    if held is not None and len(tuple(held.uses())) == 1:
+        program.set_weight(held, array)
+        return
+    if index >= len(node.inputs):
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, program.add_weight(f"{node.name}.bias", array))
 
 
 def _key(axis: Axis) -> Key:
