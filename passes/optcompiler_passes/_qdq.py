@@ -73,56 +73,82 @@ def quantized_source(value: ir.Value | None) -> ir.Value | None:
     return quantize.inputs[0]
 
 
-def add_parameters(
-    program: Program, stem: str, scale: np.ndarray, zero_point: np.ndarray, dtype: str
-) -> tuple[ir.Value, ir.Value]:
-    """Initializers `<stem>_scale` (float32) and `<stem>_zero_point` (`dtype`), of one shape."""
-    type_ = ir.DataType[dtype]
-    zero = ir.tensor(zero_point.astype(type_.numpy()), dtype=type_)
-    return (
-        program.add_weight(f"{stem}_scale", np.asarray(scale, np.float32)),
-        program.add_weight(f"{stem}_zero_point", zero),
-    )
+class Editor:
+    """Adds pairs to one program; reads its names once, so it must be its only editor."""
 
+    def __init__(self, program: Program) -> None:
+        self.graph = program.graph
+        self.nodes: dict[str, ir.Node] = {}
+        self.values: dict[str, ir.Value] = {str(v.name): v for v in self.graph.inputs}
+        self.values |= {name: v for name, v in self.graph.initializers.items()}
+        for node in self.graph:
+            self.nodes[str(node.name)] = node
+            self.values |= {str(v.name): v for v in node.outputs}
 
-def insert_pair(
-    program: Program,
-    value: ir.Value,
-    scale: ir.Value,
-    zero_point: ir.Value,
-    axis: int | None = None,
-) -> Pair:
-    """Add `value -> QuantizeLinear -> DequantizeLinear` and redirect nobody.
+    def parameters(
+        self, stem: str, scale: np.ndarray, zero_point: np.ndarray, dtype: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """Initializers `<stem>_scale` (float32) and `<stem>_zero_point` (`dtype`), of one shape."""
+        type_ = ir.DataType[dtype]
+        zero = ir.tensor(zero_point.astype(type_.numpy()), dtype=type_)
+        return (
+            self._weight(f"{stem}_scale", ir.tensor(np.asarray(scale, np.float32))),
+            self._weight(f"{stem}_zero_point", zero),
+        )
 
-    The nodes stand right after the producer, or before the first reader of an input or weight.
-    """
-    attributes = {} if axis is None else {"axis": axis}
-    quantize = ir.node(
-        "QuantizeLinear",
-        [value, scale, zero_point],
-        attributes,
-        name=program.fresh_name(f"{value.name}_quantize"),
-    )
-    levels = quantize.outputs[0]
-    levels.name = program.fresh_name(f"{value.name}_quantized")
-    levels.type, levels.shape = zero_point.type, value.shape
-    dequantize = ir.node(
-        "DequantizeLinear",
-        [levels, scale, zero_point],
-        attributes,
-        name=program.fresh_name(f"{value.name}_dequantize"),
-    )
-    result = dequantize.outputs[0]
-    result.name = program.fresh_name(f"{value.name}_dequantized")
-    result.type, result.shape = value.type, value.shape
-    producer = value.producer()
-    if producer is not None:
-        program.graph.insert_after(producer, [quantize, dequantize])
-    else:
-        readers = set(value.consumers())
-        first = next((n for n in program.graph if n in readers), program.graph[0])
-        program.graph.insert_before(first, [quantize, dequantize])
-    return Pair(value, quantize, dequantize)
+    def insert_pair(
+        self, value: ir.Value, scale: ir.Value, zero_point: ir.Value, axis: int | None = None
+    ) -> Pair:
+        """Add `value -> QuantizeLinear -> DequantizeLinear` and redirect nobody.
+
+        The nodes stand right after the producer, or before the first reader of an input or weight.
+        """
+        quantize = self._node("QuantizeLinear", [value, scale, zero_point], axis, value, "quantize")
+        levels = quantize.outputs[0]
+        levels.type, levels.shape = zero_point.type, value.shape
+        operands = [levels, scale, zero_point]
+        dequantize = self._node("DequantizeLinear", operands, axis, value, "dequantize")
+        result = dequantize.outputs[0]
+        result.type, result.shape = value.type, value.shape
+        producer = value.producer()
+        if producer is not None:
+            self.graph.insert_after(producer, [quantize, dequantize])
+        else:
+            consumers = set(value.consumers())
+            first = next((n for n in self.graph if n in consumers), self.graph[0])
+            self.graph.insert_before(first, [quantize, dequantize])
+        return Pair(value, quantize, dequantize)
+
+    def _node(
+        self,
+        op_type: str,
+        operands: list[ir.Value],
+        axis: int | None,
+        value: ir.Value,
+        verb: str,
+    ) -> ir.Node:
+        attributes = {} if axis is None else {"axis": axis}
+        node = ir.node(op_type, operands, attributes, name=self._fresh(f"{value.name}_{verb}"))
+        output = node.outputs[0]
+        self.nodes[str(node.name)] = node
+        output.name = self._fresh(f"{value.name}_{verb}d")
+        self.values[output.name] = output
+        return node
+
+    def _weight(self, stem: str, tensor: ir.TensorProtocol) -> ir.Value:
+        name = tensor.name = self._fresh(stem)
+        value = ir.val(name, dtype=tensor.dtype, shape=tensor.shape, const_value=tensor)
+        self.graph.register_initializer(value)
+        self.values[name] = value
+        return value
+
+    def _fresh(self, stem: str) -> str:
+        taken = (self.nodes, self.values)
+        name, count = stem, 0
+        while any(name in t for t in taken):
+            count += 1
+            name = f"{stem}_{count}"
+        return name
 
 
 def readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:

@@ -23,10 +23,9 @@ from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContex
 from optcompiler_passes._qdq import (
     KEEPS_LEVELS,
     PICKS_LEVELS,
+    Editor,
     Pair,
-    add_parameters,
     dequantizer,
-    insert_pair,
     pair_of,
     quantized_source,
     readers,
@@ -447,64 +446,59 @@ class Quantize:
     weight_observer: str
 
     def __call__(self, program: Program) -> None:
-        values = {str(v.name): v for v in _values(program)}
-        node = program.node(self.site.node)
+        editor = Editor(program)
+        node = editor.nodes.get(self.site.node)
         if node is None:
             raise Declined(f"{self.site.node!r} is gone.")
         for index, chain in self.site.chains:
             if dequantizer(node.inputs[index]) is None:
-                self._quantize_chain(program, values, chain, node, index)
+                self._quantize_chain(editor, chain, node, index)
         if self.site.weight is not None:
-            self._quantize_weight(program, node, *self.site.weight)
+            self._quantize_weight(editor, node, *self.site.weight)
         if self.site.output is not None:
-            output = self._present(values, self.site.output)
-            pair = self._pair(program, output, self.site.output)
+            output = self._present(editor, self.site.output)
+            pair = self._pair(editor, output, self.site.output)
             for reader, index in list(readers(output)):
                 reader.replace_input_with(index, pair.value)
 
     def _quantize_chain(
-        self,
-        program: Program,
-        values: Mapping[str, ir.Value],
-        chain: Sequence[str],
-        node: ir.Node,
-        index: int,
+        self, editor: Editor, chain: Sequence[str], node: ir.Node, index: int
     ) -> None:
         shared: Pair | None = None
         for position, name in enumerate(chain):
-            value = self._present(values, name)
+            value = self._present(editor, name)
             if position + 1 < len(chain):
-                reader = self._present(values, chain[position + 1]).producer()
+                reader = self._present(editor, chain[position + 1]).producer()
                 operand = 0
             else:
                 reader, operand = node, index
             current = reader.inputs[operand] if reader is not None else None
             if reader is None or (current is not value and quantized_source(current) is not value):
                 raise Declined(f"{node.name!r} no longer reads {name!r}.")
-            pair = self._pair(program, value, chain[0], shared)
+            pair = self._pair(editor, value, chain[0], shared)
             reader.replace_input_with(operand, pair.value)
             shared = pair
 
     def _pair(
-        self, program: Program, value: ir.Value, range_of: str, shared: Pair | None = None
+        self, editor: Editor, value: ir.Value, range_of: str, shared: Pair | None = None
     ) -> Pair:
         existing = pair_of(value)
         if existing is not None:
             return existing
         if shared is not None and shared.zero_point is not None:
-            return insert_pair(program, value, shared.scale, shared.zero_point)
+            return editor.insert_pair(value, shared.scale, shared.zero_point)
         scale, zero_point = self.ranges[range_of]
-        parameters = add_parameters(
-            program, str(value.name), np.asarray(scale), np.asarray(zero_point), self.dtype
+        parameters = editor.parameters(
+            str(value.name), np.asarray(scale), np.asarray(zero_point), self.dtype
         )
-        return insert_pair(program, value, *parameters)
+        return editor.insert_pair(value, *parameters)
 
-    def _present(self, values: Mapping[str, ir.Value], name: str) -> ir.Value:
-        if name not in values:
+    def _present(self, editor: Editor, name: str) -> ir.Value:
+        if name not in editor.values:
             raise Declined(f"{name!r} is gone.")
-        return values[name]
+        return editor.values[name]
 
-    def _quantize_weight(self, program: Program, node: ir.Node, index: int, axis: int) -> None:
+    def _quantize_weight(self, editor: Editor, node: ir.Node, index: int, axis: int) -> None:
         weight = node.inputs[index]
         if weight is None or dequantizer(weight) is not None:
             return
@@ -515,14 +509,14 @@ class Quantize:
         if pair is None:
             known = _scales(weight.const_value, self.weight_dtype, along, self.weight_observer)
             scales = np.array(known)
-            self._raise_to_bias(program, node, scales)
-            parameters = add_parameters(
-                program, str(weight.name), scales, np.zeros_like(scales), self.weight_dtype
+            self._raise_to_bias(node, scales)
+            parameters = editor.parameters(
+                str(weight.name), scales, np.zeros_like(scales), self.weight_dtype
             )
-            pair = insert_pair(program, weight, *parameters, axis=along)
+            pair = editor.insert_pair(weight, *parameters, axis=along)
         node.replace_input_with(index, pair.value)
 
-    def _raise_to_bias(self, program: Program, node: ir.Node, scales: np.ndarray) -> None:
+    def _raise_to_bias(self, node: ir.Node, scales: np.ndarray) -> None:
         """Make the scales of nearly dead channels large enough for their bias to fit 32 bits."""
         bias = constant(node.inputs[self.site.bias]) if self.site.bias is not None else None
         made = dequantizer(node.inputs[0])
@@ -531,13 +525,6 @@ class Quantize:
             return
         least = np.abs(bias.reshape(-1)).astype(np.float64) / (float(activation) * 2.0**30)
         np.maximum(scales, least.astype(np.float32), out=scales)
-
-
-def _values(program: Program) -> Iterable[ir.Value]:
-    yield from program.graph.inputs
-    yield from program.graph.initializers.values()
-    for node in program.graph:
-        yield from node.outputs
 
 
 def _scales(tensor: ir.TensorProtocol, dtype: str, axis: int | None, method: str) -> np.ndarray:
