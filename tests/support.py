@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from optcompiler import hookimpl
 from optcompiler.artifact import Contents, assemble
-from optcompiler.backend import Backend, Capabilities, Kernel, Runner
-from optcompiler.cost import DeviceProfile
+from optcompiler.backend import Capabilities
 from optcompiler.ledger import DECLINED, REJECTED, TAKEN, Ledger, Row
-from optcompiler.plugins import Registry
 from optcompiler.program import Program
 from optcompiler.rewriting import (
     Candidate,
@@ -28,6 +25,7 @@ from optcompiler.rewriting import (
 )
 from optcompiler.signature import Signature
 from optcompiler.target import Target
+from tests.toy import ToyBackend
 
 NUMPY_TYPES = {
     "FLOAT": np.float32,
@@ -179,68 +177,6 @@ def op_types(program: Program) -> list[str]:
     return [node.op_type for node in program.graph]
 
 
-class ReferenceBackend(Backend):
-    """A backend whose code is the ONNX file and whose runner is ONNX's reference evaluator."""
-
-    name = "reference"
-    summary = "onnx.reference"
-
-    def capabilities(self, target: Target) -> Capabilities:
-        return replace(INT8, dynamic_shapes=True)
-
-    def kernels(self, program: Program, target: Target) -> list[Kernel]:
-        return [
-            Kernel(f"k{i}", "other", "fp32", (node.name or "",), flops=1)
-            for i, node in enumerate(program.graph)
-        ]
-
-    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
-        (directory / "model.onnx").write_bytes(program.to_proto().SerializeToString())
-        return {"file": "model.onnx"}
-
-    def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
-        return ReferenceRunner(directory / info["file"])
-
-    def nominal_profile(self, target: Target) -> DeviceProfile:
-        curve = ((1.0, 1e9), (1e9, 1e9))
-        rates = {"gemm/fp32": curve, "pointwise/fp32": curve}
-        return DeviceProfile(
-            "nominal", self.name, 1, rates, rates, curve, 1.0, 1.0, estimated=True
-        )
-
-
-class ReferenceRunner(Runner):
-    timed = False
-
-    def __init__(self, path: Path) -> None:
-        from onnx.reference import ReferenceEvaluator
-
-        self.session = ReferenceEvaluator(str(path))
-        self.closed = 0
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        return [np.asarray(a) for a in self.session.run(None, dict(inputs))]
-
-    def kernel_times_us(self, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return {"k0": 1.0}
-
-    def close(self) -> None:
-        self.closed += 1
-
-
-class ReferencePlugin:
-    """Registers `ReferenceBackend`."""
-
-    @hookimpl
-    def optcompiler_backends(self) -> list[Backend]:
-        return [ReferenceBackend()]
-
-
-def reference_registry(*extra: Any) -> Registry:
-    """A registry of `ReferenceBackend`, and of `extra`, alone."""
-    return Registry(load=(), extra=[ReferencePlugin(), *extra])
-
-
 MLP = """
 <ir_version: 10, opset_import: ["" : 20]>
 mlp (float[2,4] x) => (float[2,3] y)
@@ -260,14 +196,14 @@ ROWS = [
 
 
 def make_artifact(directory: Path, program: Program | None = None, **changes: Any) -> Path:
-    """An artifact of `program` (`MLP`) for `ReferenceBackend`; `changes` go to `Contents`."""
+    """An artifact of `program` (`MLP`) for `ToyBackend`; `changes` go to `Contents`."""
     program = program or Program.from_text(MLP)
     code = directory.with_name(f"{directory.name}-code")
     code.mkdir(parents=True)
     contents = Contents(
         program=program, teacher_hash=program.content_hash(),
-        target=Target("reference", threads=1),
-        backend_info=ReferenceBackend().lower(program, Target("reference"), code),
+        target=Target("toy", threads=1),
+        backend_info=ToyBackend().lower(program, Target("toy"), code),
         signature=Signature.of_program(program), ledger=Ledger(list(ROWS)),
         options={"precision": "fp32", "budget": {"max_damage": 0.01}, "seed": 0},
         versions={"onnx": "1"},
