@@ -17,6 +17,7 @@ from optcompiler import artifact, device, finish, pipeline
 from optcompiler.batching import Batched
 from optcompiler.budget import Budget
 from optcompiler.compiled import Compiled
+from optcompiler.executor import to_torch
 from optcompiler.errors import GateError, InputError, OptcompilerError
 from optcompiler.finish import Built
 from optcompiler.ledger import REVERTED
@@ -111,7 +112,7 @@ class _Job:
         pricing = registry.cost_model(cost_model)
         imported = import_model(model, example_inputs, dynamic=dynamic)
         teacher, signature = imported.program, imported.signature
-        batches = load_calibration(calibration, teacher.inputs) if calibration is not None else []
+        batches = load_calibration(calibration, signature, note=progress.note)
         if precision not in ("auto", "fp32") and not batches:
             raise InputError(
                 f"precision {precision} needs calibration data; pass calibration=... (a few batches "
@@ -197,7 +198,7 @@ class _Job:
         """The user's metric of a program, run by the FX executor."""
         import torch
 
-        module = program.to_torch(self.session.context.ops)
+        module = to_torch(program, self.session.context.ops, trainable=False)
         names = [p.name for p in program.inputs]
 
         def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
