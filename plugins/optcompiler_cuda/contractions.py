@@ -88,9 +88,10 @@ class ImageProblem(Problem):
                 kernel.line(f"tap = {k.text} // {size}")
                 channel, index = Axis("depth", k.lane), "tap"
         if step.groups > 1:
-            channel = Axis(
-                f"(group * {kernel.number('DEPTH', depth)} + {channel.text})", channel.lane
-            )
+            size = kernel.number("DEPTH", depth)
+            inner = "" if channel.text == "0" else f" + {channel.text}"
+            first = "group" if depth == 1 else f"group * {size}"
+            channel = Axis(f"({first}{inner})", channel.lane)
         lanes = [axes[d].lane for d in self.rows]
         row = next((lane for lane in lanes if lane is not None), Lane(None))
         tap = Tap(kernel, step.strides, step.pads, step.dilations, (height, width), index, k.lane)
@@ -98,9 +99,7 @@ class ImageProblem(Problem):
         at, guard = tap.position(axes[2], axes[3], image, step.out.shape[2:], row)
         masks = mask_of([lane for lane in (row, k.lane) if lane is not None])
         guard = conjunction(masks, guard)
-        return kernel.load(
-            "a", step.a.view, [axes[0], channel, *at], guard=guard, other=padding
-        )
+        return kernel.load("a", step.a.view, [axes[0], channel, *at], guard=guard, other=padding)
 
 
 def print_matmul(step: MatMul) -> Printed:

@@ -94,9 +94,12 @@ def print_depthwise(step: Conv) -> Printed:
             b = real(kernel, b, step.b.quantization, channel)
         if guard and step.a.quantization is not None:
             a = f"tl.where({guard}, {a}, 0)"
-        kernel.line(f"total += {a} * {b}")
+        kernel.line(f"pixel = {a}")
+        kernel.line(f"weight = {b}")
+        kernel.line("total += pixel * weight")
     channels = step.out.shape[1]
     total = finished(kernel, "total", step.a, step.b, step.bias, channel, channels)
-    kernel.line(f"total_real = {total}")
-    _finish(kernel, step, axes, lane, "total_real")
+    if total != "total":
+        kernel.line(f"total = {total}")
+    _finish(kernel, step, axes, lane, "total")
     return Printed("depthwise", kernel, grid, warps(block))

@@ -92,9 +92,10 @@ class ProductKernel:
             kernel.line(f"{name} = tile // {tiles}")
             kernel.line(f"tile = tile % {tiles}")
         width = kernel.number("ACROSS", across)
-        kernel.line(f"m = {row.format(tile=f'(tile // {width})')}")
+        kernel.line(f"m = {row.format(tile='tile' if across == 1 else f'(tile // {width})')}")
         columns = kernel.number("BN", tile.n)
-        kernel.line(f"n = (tile % {width}) * {columns} + tl.arange(0, {columns})[None, :]")
+        first = "" if across == 1 else f"(tile % {width}) * {columns} + "
+        kernel.line(f"n = {first}tl.arange(0, {columns})[None, :]")
         if lane is not None and lane.mask:
             kernel.line(f"{lane.mask} = m < {kernel.number('M', problem.m)}")
         if self.column.mask:
@@ -152,9 +153,10 @@ class ProductKernel:
         kernel, step = self.kernel, self.step
         channels = self.problem.n * self.problem.groups
         result = finished(kernel, total, step.a, step.b, bias, self.channel, channels)
-        kernel.line(f"result = {result}")
+        if result != total:
+            kernel.line(f"{total} = {result}")
         axes = [self.axes[d] for d in range(len(self.out.shape))]
-        text = Scalars(kernel, axes, accumulator="result").print(step.epilogue)
+        text = Scalars(kernel, axes, accumulator=total).print(step.epilogue)
         kernel.store(self.out, axes, stored(text, step.epilogue.dtype), lanes)
         kernel.finish()
 
@@ -311,6 +313,6 @@ class VectorKernel(ProductKernel):
             if k.lane is not None and k.lane.mask and (quantised or dtype not in FLOATS):
                 product = f"tl.where({k.lane.mask}, {product}, 0)"
             kernel.line(f"total += {product}")
-        kernel.line(f"summed = tl.sum(total, axis=0)[None, :].to({TYPES[dtype]})")
-        self.finish("summed", step.bias, [self.column])
+        kernel.line(f"total = tl.sum(total, axis=0)[None, :].to({TYPES[dtype]})")
+        self.finish("total", step.bias, [self.column])
         return Printed(f"{kind}_row", kernel, self.programs, self.tile.num_warps)

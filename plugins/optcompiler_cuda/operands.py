@@ -47,12 +47,14 @@ def finished(
 ) -> str:
     """The accumulator of a contraction: `total` with its bias, scaled when it is an integer."""
     if bias is not None:
-        total = f"({total} + {kernel.channel_constant('bias', bias, channel)})"
+        total = f"{total} + {kernel.channel_constant('bias', bias, channel)}"
     if a.quantization is None or b.quantization is None:
         return total
+    if bias is not None:
+        total = f"({total})"
     scale = a.quantization.scale.astype(np.float32) * b.quantization.scale.astype(np.float32)
     per_channel = np.broadcast_to(scale, (channels,)).astype(np.float32)
-    return f"({total}.to(tl.float32) * {kernel.channel_constant('scale', per_channel, channel)})"
+    return f"{total}.to(tl.float32) * {kernel.channel_constant('scale', per_channel, channel)}"
 
 
 def constant_array(view: View) -> np.ndarray | None:

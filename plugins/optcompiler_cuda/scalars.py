@@ -124,7 +124,7 @@ class Scalars:
     """Prints expressions over one index into a kernel; sub-expressions used twice get a name."""
 
     def __init__(
-        self, kernel: KernelText, axes: Sequence[Axis], *, accumulator: str = "", role: str = "in"
+        self, kernel: KernelText, axes: Sequence[Axis], *, accumulator: str = "", role: str = "src"
     ) -> None:
         self.kernel = kernel
         self.axes = axes

@@ -143,6 +143,9 @@ class KernelText:
         offset, lanes = self.offset(pointer, view, axes)
         address = f"{pointer} + {offset}" if offset else pointer
         mask = conjunction(mask_of(lanes), guard)
+        if mask.count("&") > 1:
+            self.line(f"inside = {mask}")
+            mask = "inside"
         text = f"tl.load({address}{f', mask={mask}, other={other}' if mask else ''})"
         if view.dtype == "BOOL":
             return f"({text} != 0)"
@@ -160,8 +163,11 @@ class KernelText:
         pointer = self.pointer("out", view.buffer)
         offset, _ = self.offset(pointer, view, axes)
         address = f"{pointer} + {offset}" if offset else pointer
-        mask = mask_of(lanes)
-        self.line(f"tl.store({address}, {value}{f', mask={mask}' if mask else ''})")
+        mask = f", mask={mask_of(lanes)}" if mask_of(lanes) else ""
+        if len(address) + len(value) + len(mask) > 80:
+            self.line(f"value = {value}")
+            value = "value"
+        self.line(f"tl.store({address}, {value}{mask})")
 
     def finish(self) -> None:
         """Pass the run-time numbers; call when the kernel is printed."""
