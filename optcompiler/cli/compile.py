@@ -63,7 +63,7 @@ def compile_(
     """Compile MODEL and write the artifact to DIR.
 
     MODEL is file.onnx, file.pt2, package.module:function or file.py:function; a function returns
-    the model, or the model and its example inputs. When a gate fails the exit code is 1 and DIR is
+    the model and its example inputs. When a gate fails the exit code is 1 and DIR is
     as it was.
     """
     from optcompiler.compiled import refuse_other_than_artifact
