@@ -54,6 +54,7 @@ class FoldBatchNorm(Pass):
     name: ClassVar[str] = "fold-batchnorm"
     stage: ClassVar[Stage] = Stage.CLEAN
     summary: ClassVar[str] = "Fold batch normalisation and per-channel arithmetic into weights."
+    after: ClassVar[tuple[str, ...]] = ("simplify",)
 
     def propose(self, program: Program, context: PassContext) -> Iterator[Candidate | Decline]:
         separate = bool({"pointwise", "contraction"} & context.capabilities.fusions)

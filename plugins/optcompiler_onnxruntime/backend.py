@@ -1,0 +1,155 @@
+"""Writing standard ONNX and saying what ONNX Runtime makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common as ir_passes
+
+from optcompiler.backend import Backend, Capabilities, Kernel, Runner
+from optcompiler.errors import InputError, UnsupportedOperatorError, VerificationError
+from optcompiler.program import PASS_KEY, SOURCE_KEY, Program, static_shape
+from optcompiler.target import Target
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+EXTERNAL_ABOVE_BYTES = 1 << 30
+"""Weights beyond this go to a file beside the model; a protobuf cannot hold 2 GiB."""
+
+EXTERNAL_TENSOR_BYTES = 1024
+
+DOMAINS = ("", "ai.onnx.ml")
+"""Operator sets that every ONNX runtime is expected to know."""
+
+INTEGER_OPS = frozenset(
+    {
+        "Add", "AveragePool", "Concat", "Conv", "Gemm", "GlobalAveragePool", "LeakyRelu", "MatMul",
+        "MaxPool", "Mul", "Sigmoid", "Softmax", "Where",
+    }
+)  # fmt: skip
+"""Operators for which ONNX Runtime's QDQ fusion has an integer kernel on the CPU (1.20 to 1.32)."""
+
+
+class OnnxRuntimeBackend(Backend):
+    """Programs as ONNX files run by ONNX Runtime on the CPU.
+
+    Functions are inlined, since every runtime reads what has none; ONNX Runtime then fuses on its
+    own. Quantised programs stay in QDQ form, from which ONNX Runtime and OpenVINO make integer
+    kernels.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+    summary: ClassVar[str] = "standard ONNX, run by stock ONNX Runtime on the CPU"
+
+    def capabilities(self, target: Target) -> Capabilities:
+        if target.options:
+            unknown = next(iter(target.options))
+            raise InputError(
+                f"target {target}: onnxruntime has no option {unknown!r}; it takes threads alone."
+            )
+        return Capabilities(
+            precisions=frozenset({"fp32", "int8"}),
+            integer_ops=INTEGER_OPS,
+            activation_dtype="UINT8",
+            weight_dtype="INT8",
+            per_channel=True,
+            dynamic_shapes=True,
+            float_outputs=frozenset({"MatMul", "Gemm"}),
+        )
+
+    def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
+        from optcompiler_onnxruntime.kernels import kernels_of
+
+        return kernels_of(program.inlined() if program.functions else program)
+
+    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+        self.capabilities(target)
+        copy = program.inlined()
+        for node in copy.all_nodes():
+            if node.domain not in DOMAINS:
+                raise UnsupportedOperatorError(
+                    f"operator {node.domain}::{node.op_type} of node {node.name!r} is not standard "
+                    f"ONNX; replace it, or compile for a backend that declares it."
+                )
+        _explicit_zero_points(copy)
+        copy.sweep()
+        _strip(copy.model)
+        path = directory / MODEL
+        external = copy.weight_bytes > EXTERNAL_ABOVE_BYTES
+        if external:
+            ir.save(
+                copy.model,
+                path,
+                external_data=DATA,
+                size_threshold_bytes=EXTERNAL_TENSOR_BYTES,
+            )
+        else:
+            path.write_bytes(copy.to_proto().SerializeToString(deterministic=True))
+        try:
+            onnx.checker.check_model(str(path), full_check=not external)
+        except onnx.checker.ValidationError as error:
+            raise VerificationError(f"{MODEL} is not valid ONNX: {error}") from error
+        return {
+            "model": MODEL,
+            "external_data": DATA if external else None,
+            "opset": copy.opset,
+            "nodes": len(copy.graph),
+        }
+
+    def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
+        from optcompiler_onnxruntime.runner import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(directory / str(info["model"]), threads)
+
+    def versions(self) -> Mapping[str, str]:
+        from importlib.metadata import version
+
+        return {"onnxruntime": version("onnxruntime"), "onnx": version("onnx")}
+
+
+def _explicit_zero_points(program: Program) -> None:
+    """Give 8-bit DequantizeLinear nodes without a zero point an explicit one.
+
+    ONNX Runtime makes integer Gemm and MatMul kernels only of nodes that have one (QGemm in
+    `qdq_selectors.cc`); the value, 0, is what its absence means.
+    """
+    zeros: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
+    for node in list(program.graph):
+        if node.domain != "" or node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            continue
+        quantized = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
+        scale = node.inputs[1]
+        if quantized is None or scale is None or quantized.dtype is None:
+            continue
+        shape = static_shape(scale)
+        if shape is None or quantized.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
+            continue
+        key = (quantized.dtype.name, shape)
+        if key not in zeros:
+            zeros[key] = program.add_weight(
+                "zero_point", np.zeros(shape, dtype=quantized.dtype.numpy())
+            )
+        node.resize_inputs(3)
+        node.replace_input_with(2, zeros[key])
+
+
+def _strip(model: ir.Model) -> None:
+    """Leave no metadata but which pass made a node and from which module it was traced."""
+    provenance = [
+        (node, {k: v for k, v in node.metadata_props.items() if k in (PASS_KEY, SOURCE_KEY)})
+        for node in model.graph.all_nodes()
+    ]
+    ir_passes.ClearMetadataAndDocStringPass()(model)
+    for node, kept in provenance:
+        node.metadata_props.update(kept)
+    ir_passes.RemoveUnusedOpsetsPass()(model)
+    model.producer_name = "optcompiler"
+    model.producer_version = None
+    model.doc_string = None

@@ -1,0 +1,94 @@
+"""Running an ONNX file with ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from optcompiler.backend import Runner
+from optcompiler.errors import InputError, UnsupportedOperatorError
+
+_RENAMED = re.compile(r"^fused |(_token_\d+|/MatMulAddFusion\w*|/\w+Fusion\w*|_nchwc)$")
+"""What ONNX Runtime adds to the name of a node that it fuses."""
+
+
+class OnnxRuntimeRunner(Runner):
+    """One session on the CPU with `threads` threads inside operators and one between them."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._path = path
+        self._threads = threads
+        self._session: onnxruntime.InferenceSession | None = _session(path, _options(threads))
+        self._outputs = [o.name for o in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        if self._session is None:
+            raise InputError(f"{self._path.name}: the runner is closed; load the artifact again.")
+        return [np.asarray(v) for v in self._session.run(self._outputs, dict(inputs))]
+
+    def kernel_times_us(self, inputs: Mapping[str, np.ndarray]) -> dict[str, float] | None:
+        """Times of the nodes of ONNX Runtime's optimised graph in its third run.
+
+        A node that ONNX Runtime fused goes by the name of the node it grew from; those that it
+        inserts itself (layout changes) keep the names it gives them.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            options = _options(self._threads)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(directory) / "profile")
+            session = _session(self._path, options)
+            for _ in range(3):
+                session.run(self._outputs, dict(inputs))
+            events = json.loads(Path(session.end_profiling()).read_text())
+        return _last_run(events)
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _last_run(events: list[dict[str, Any]]) -> dict[str, float]:
+    runs = [e for e in events if e.get("name") == "model_run"]
+    start = runs[-1]["ts"] if runs else 0
+    times: dict[str, float] = {}
+    for event in events:
+        name = str(event.get("name", ""))
+        if event.get("cat") != "Node" or not name.endswith("_kernel_time") or event["ts"] < start:
+            continue
+        node = name.removesuffix("_kernel_time")
+        while (shorter := _RENAMED.sub("", node)) != node:
+            node = shorter
+        node = node or str(event.get("args", {}).get("op_name", "node"))
+        times[node] = times.get(node, 0.0) + float(event["dur"])
+    return times
+
+
+def _options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    errors = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except errors.NotImplemented as error:
+        raise UnsupportedOperatorError(
+            f"{path.name}: ONNX Runtime {onnxruntime.__version__} has no kernel: "
+            f"{' '.join(str(error).split())[:300]}; compile for another backend."
+        ) from error
+    except (errors.InvalidProtobuf, errors.NoSuchFile, errors.Fail, errors.InvalidGraph) as error:
+        raise InputError(
+            f"{path.name}: ONNX Runtime cannot open it: {' '.join(str(error).split())[:300]}; "
+            f"the file is damaged, or written for a newer runtime."
+        ) from error
