@@ -9,7 +9,7 @@ their own, the branches of a residual sum into one, and a flattened channel is a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ class ChannelGroup:
 
     `name` is the first node, in graph order, whose weights make the channels (with `#2`, `#3`, …
     when it makes several groups). `members` are all axes that shrink, `producers` the nodes whose
-    weights make the channels, `consumers` those that sum over them. `pinned` says why the group
+    weights make the channels, `consumers` those that sum over them. `rows` is how many rows of the
+    first producer's weights one channel takes (a head takes several). `pinned` says why the group
     cannot shrink, "" when it can. `exact` says that removing a channel equals zeroing it where
     it is consumed: no member is normalised over.
     """
@@ -56,6 +57,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
+    rows: int
     pinned: str
     exact: bool
 
@@ -103,6 +105,14 @@ class ChannelGraph:
     def group(self, name: str) -> ChannelGroup | None:
         """The group with this name, or None."""
         return next((g for g in self.groups if g.name == name), None)
+
+    def consumed(self, group: ChannelGroup, node: ir.Node) -> Member | None:
+        """The group's member on the first operand of a node that sums over it, or None."""
+        rule = self.rules.get(str(node.name))
+        for axis in rule.reduced if rule is not None else ():
+            if axis.value is node.inputs[0]:
+                return group.member(axis.value, axis.axis)
+        return None
 
     # -- the graph of axes ------------------------------------------------------------------
 
@@ -161,13 +171,13 @@ class ChannelGraph:
 
     def _find_groups(self) -> Iterator[ChannelGroup]:
         order = {str(n.name): i for i, n in enumerate(self.program.graph)}
-        found: list[tuple[list[str], int, list[Member]]] = []
+        found: list[tuple[list[str], np.ndarray, list[Member]]] = []
         for component in nx.connected_components(self.axes):
             if not component.isdisjoint(self._made):
                 found += self._split(component, order)
-        found.sort(key=lambda item: (order[item[0][0]], item[1]))
+        found.sort(key=lambda item: (order[item[0][0]], int(np.argmax(item[1] >= 0))))
         seen: dict[str, int] = {}
-        for producers, _, members in found:
+        for producers, rows, members in found:
             first = producers[0]
             seen[first] = seen.get(first, 0) + 1
             keys = [(m.value, m.axis) for m in members]
@@ -183,14 +193,15 @@ class ChannelGraph:
                 members=tuple(members),
                 producers=tuple(producers),
                 consumers=tuple(sorted(consumers, key=order.__getitem__)),
+                rows=int(np.sum(rows == 0)),
                 pinned=reasons[0] if reasons else "",
                 exact=self._normalised.isdisjoint(keys),
             )
 
     def _split(
         self, component: set[Key], order: dict[str, int]
-    ) -> Iterator[tuple[list[str], int, list[Member]]]:
-        """Groups of one component: (producers, first index in the first producer, members)."""
+    ) -> Iterator[tuple[list[str], np.ndarray, list[Member]]]:
+        """Groups of one component: (producers, channels by row of the first one, members)."""
         keys = sorted(component)
         extents = [int(_extent(Axis(self._values[v], a)) or 0) for v, a in keys]
         starts = dict(zip(keys, np.cumsum([0, *extents]).tolist(), strict=False))
@@ -219,7 +230,7 @@ class ChannelGraph:
             members = [
                 Member(*keys[k], numbers[channel[starts[keys[k]] :][: extents[k]]]) for k in held
             ]
-            yield producers, span.tolist().index(ordered[0]), members
+            yield producers, numbers[span], members
 
     def _oriented(self, component: set[Key]) -> Iterator[tuple[Key, Key, Any]]:
         for a, b, data in self.axes.subgraph(component).edges(data=True):
@@ -268,15 +279,35 @@ class ChannelGraph:
 
 
 def remove_channels(
-    program: Program, ops: OpTable, group: ChannelGroup, channels: Sequence[int]
+    program: Program,
+    ops: OpTable,
+    group: ChannelGroup,
+    channels: Sequence[int],
+    constants: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Take channels out of the group of `program` that is the same as `group`.
 
-    `group` may come from an earlier state of the program. Raises `Declined` when the program has
-    no such group any more, or one of other channels or index maps.
+    `group` may come from an earlier state of the program. `constants` holds, by consumer, the value
+    that each of its input channels stands for: what the leaving ones contributed goes to its bias
+    (see `absorb`). Raises `Declined` when the program has no such group any more, or one of other
+    channels.
     """
     graph = ChannelGraph(program, ops)
-    graph.remove(same_group(graph, group), channels)
+    now = same_group(graph, group)
+    before = len(program.graph.initializers), len(program.graph)
+    for name, values in (constants or {}).items():
+        node = program.node(name)
+        member = graph.consumed(now, node) if node is not None else None
+        if node is None or member is None or len(member.channel_of) != len(values):
+            raise Declined(f"{name!r} does not consume the channel group {group.name!r} any more.")
+        leaving = np.isin(member.channel_of, channels)
+        if np.any(values[leaving]):
+            absorb(program, node, np.where(leaving, values, 0.0))
+    if before != (len(program.graph.initializers), len(program.graph)):
+        # A bias that a consumer got may shrink with this very group, as in a residual block.
+        graph = ChannelGraph(program, ops)
+        now = same_group(graph, group)
+    graph.remove(now, channels)
 
 
 def same_group(graph: ChannelGraph, group: ChannelGroup) -> ChannelGroup:

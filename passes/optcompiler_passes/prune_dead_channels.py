@@ -16,8 +16,8 @@ from optcompiler.channels import (
     ChannelGraph,
     ChannelGroup,
     Member,
-    absorb,
     absorb_obstacle,
+    remove_channels,
     same_group,
 )
 from optcompiler.ops.channels import dims, integers, row_major
@@ -123,16 +123,7 @@ def remove_dead(program: Program, ops: OpTable, group: ChannelGroup, dead: Seque
     alive = sorted(set(dead) - set(verdict.dead))
     if alive:
         raise Declined(f"{len(alive)} of {len(dead)} channels of {group.name!r} are not dead here.")
-    gone = np.isin(np.arange(now.channels), dead)
-    for name, constants in verdict.leftovers:
-        node = program.node(name)
-        assert node is not None
-        member = _activation(graph, now, node)
-        assert member is not None
-        leaving = (member.channel_of >= 0) & gone[member.channel_of]
-        if np.any(constants[leaving]):
-            absorb(program, node, np.where(leaving, constants, 0.0))
-    graph.remove(now, dead)
+    remove_channels(program, ops, group, dead, dict(verdict.leftovers))
 
 
 def judge(graph: ChannelGraph, group: ChannelGroup, bounds: dict[str, Interval]) -> Verdict:
@@ -154,7 +145,7 @@ def judge(graph: ChannelGraph, group: ChannelGroup, bounds: dict[str, Interval])
         if not obstacle and node.op_type == "Conv" and _padded(node):
             obstacle = f"Conv {name!r} has padding"
         if obstacle and held.any():
-            member = _activation(graph, group, node)
+            member = graph.consumed(group, node)
             assert member is not None
             first = float(constants[member.indices([int(np.flatnonzero(held)[0])])[0]])
             obstacles.append(
@@ -169,14 +160,6 @@ def judge(graph: ChannelGraph, group: ChannelGroup, bounds: dict[str, Interval])
         dead[0] = False
     channels = tuple(np.flatnonzero(dead).tolist())
     return Verdict(channels, tuple(leftovers) if channels else (), tuple(obstacles))
-
-
-def _activation(graph: ChannelGraph, group: ChannelGroup, node: ir.Node) -> Member | None:
-    """The group's member on the first operand of a node that sums over it."""
-    for axis in graph.rules[str(node.name)].reduced:
-        if axis.value is node.inputs[0]:
-            return group.member(axis.value, axis.axis)
-    return None
 
 
 def _vanishing(
@@ -201,7 +184,7 @@ def _held(
     graph: ChannelGraph, group: ChannelGroup, node: ir.Node, bounds: dict[str, Interval]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Channels that are constant in a node's first operand, and the constant by index."""
-    member = _activation(graph, group, node)
+    member = graph.consumed(group, node)
     if member is None or member.value not in bounds:
         return np.zeros(group.channels, np.bool_), np.zeros(0)
     low, high = _per_index(bounds[member.value], member)
