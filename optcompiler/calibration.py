@@ -14,7 +14,7 @@ import numpy as np
 from optcompiler.errors import InputError
 from optcompiler.importing import not_finite
 from optcompiler.program import Port
-from optcompiler.signature import Signature, is_torch
+from optcompiler.signature import Signature, as_array, is_torch
 
 Batch = Mapping[str, np.ndarray]
 """Inputs by name, each with the batch dimension first."""
@@ -38,11 +38,11 @@ def load_calibration(
     """Read at most `max_samples` samples from `source`, checked against the signature's inputs.
 
     `source` is None (no batches), an iterable of batches, a callable returning one, or a folder of
-    .npz files, read in the order of their names. A batch is a tensor or array, a tuple of positional
-    arguments, or a dict by argument or input name. Where every input begins with the same static
-    batch dimension, batches of other sizes are regrouped to it and a remainder is dropped; where
-    that dimension is symbolic, fewer than four batches are split to make four. `note` hears of what
-    was dropped.
+    .npz files, read in the order of their names. A batch is a tensor or array, a tuple of
+    positional arguments, or a dict by argument or input name. Where every input begins with the
+    same static batch dimension, batches of other sizes are regrouped to it and a remainder is
+    dropped; where that dimension is symbolic, fewer than four batches are split to make four.
+    `note` hears of what was dropped.
 
     Raises `InputError` naming the batch and the input: for one that does not fit, and for NaN or
     infinite values (a mask of zeros, ones and infinities may pass).
@@ -152,17 +152,18 @@ def _bound(signature: Signature, item: Any) -> Batch:
         named = cast(Mapping[Any, Any], item)
         if named.keys() <= {p.name for p in signature.inputs}:
             return signature.check(_as_arrays(named, signature.inputs))
-        if named.keys() <= {p.name for p in signature.parameters}:
-            return signature.bind((), named)
-        return signature.bind((item,), {})
+        first = signature.parameters[0].tree.kind if signature.parameters else ""
+        if first in ("dict", "object") and not named.keys() & {
+            p.name for p in signature.parameters
+        }:
+            return signature.bind((item,), {})
+        return signature.bind((), named)
     if isinstance(item, (tuple, list)):
         return signature.bind(tuple(cast(Sequence[Any], item)), {})
     return signature.bind((item,), {})
 
 
 def _as_arrays(named: Mapping[Any, Any], ports: Sequence[Port]) -> dict[str, np.ndarray]:
-    from optcompiler.signature import as_array
-
     return {p.name: as_array(named[p.name], p) for p in ports if p.name in named}
 
 

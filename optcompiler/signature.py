@@ -326,7 +326,7 @@ def _flatten(tree: Tree, value: Any, where: str, leaves: dict[int, Any]) -> None
                 f"{_difference(missing, unknown)}."
             )
         for key, item in zip(tree.keys, tree.items, strict=True):
-            _flatten(item, found[key], f"{where}[{key!r}]", leaves)
+            _flatten(item, found[key], f"{where}[{key}]", leaves)
     elif tree.kind == "object":
         for key, item in zip(tree.keys, tree.items, strict=True):
             _flatten(item, _field(value, str(key), where), f"{where}.{key}", leaves)
