@@ -137,7 +137,8 @@ class Editor:
 
     def _weight(self, stem: str, tensor: ir.TensorProtocol) -> ir.Value:
         name = tensor.name = self._fresh(stem)
-        value = ir.val(name, dtype=tensor.dtype, shape=tensor.shape, const_value=tensor)
+        shape = tensor.numpy().shape
+        value = ir.val(name, dtype=tensor.dtype, shape=shape, const_value=tensor)
         self.graph.register_initializer(value)
         self.values[name] = value
         return value
