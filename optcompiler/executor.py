@@ -12,6 +12,7 @@ None. `module.meta["onnx_weights"]` maps attribute names to initializer names.
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -267,6 +268,7 @@ class _Builder:
 
     def placeholder(self, name: str, dtype: ir.DataType | None, convert: bool = True) -> _Slot:
         node = self.graph.create_node("placeholder", identifier(name), name=identifier(name))
+        node.target = node.name  # unique where two names become one identifier
         node.meta |= {NODE_KEY: name, VALUE_KEY: name, TYPE_KEY: dtype}
         last = node
         if convert and dtype is not None and carrier_type(dtype) != torch_type(dtype):
@@ -500,8 +502,10 @@ class _Builder:
 
 
 def identifier(name: str) -> str:
-    """`name` with everything but ASCII letters, digits and underscores replaced."""
+    """`name` as a Python identifier that is no keyword: ASCII letters, digits, underscores."""
     text = re.sub(r"[^0-9A-Za-z_]+", "_", name).strip("_") or "value"
+    if keyword.iskeyword(text) or text in ("self", "torch"):
+        return f"{text}_"
     return f"v_{text}" if text[0].isdigit() else text
 
 

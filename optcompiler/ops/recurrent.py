@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from optcompiler.ops.activation import softplus
 from optcompiler.ops.costs import recurrent_cost
-from optcompiler.ops.declare import op
+from optcompiler.ops.declare import op, output_count
 from optcompiler.ops.spec import OpSpec
 
 Tensor = torch.Tensor
@@ -63,7 +63,7 @@ def _functions(
     clip: float | None,
 ) -> list[Function]:
     """The activations of all directions in order; `clip` bounds what goes into each."""
-    chosen = [n.decode() if isinstance(n, bytes) else n for n in names or default * directions]
+    chosen = list(names) if names else [*default] * directions
     found: list[Function] = []
     for i, name in enumerate(chosen):
         alpha = alphas[i] if alphas and i < len(alphas) else None
@@ -103,26 +103,27 @@ def _run(
     lengths: Tensor | None,
     initial: Sequence[Tensor | None],
     step: Step,
-) -> tuple[Tensor, ...]:
+    outputs: int,
+) -> Tensor | tuple[Tensor, ...]:
     """Every direction unrolled: Y [steps, directions, batch, hidden], then the final states."""
     if layout:
         x = x.transpose(0, 1)
         initial = [None if s is None else s.transpose(0, 1) for s in initial]
     reversals = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}[direction]
-    outputs: list[Tensor] = []
+    results: list[Tensor] = []
     finals: list[State] = []
     for i, backwards in enumerate(reversals):
         zero = torch.zeros((x.shape[1], hidden), dtype=x.dtype, device=x.device)
         start = tuple(zero if s is None else s[i] for s in initial)
         y, state = _unroll(x, start, lengths, backwards, step, i)
-        outputs.append(y)
+        results.append(y)
         finals.append(state)
-    y = torch.stack(outputs, dim=1)
+    y = torch.stack(results, dim=1)
     last = [torch.stack(states) for states in zip(*finals, strict=True)]
     if layout:
         y = y.permute(2, 0, 1, 3)
         last = [s.transpose(0, 1) for s in last]
-    return (y, *last)
+    return (y, *last)[:outputs] if outputs > 1 else y
 
 
 def _bias(bias: Tensor | None, direction: int, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +150,8 @@ def rnn(
     direction: str = "forward",
     hidden_size: int | None = None,
     layout: int = 0,
-) -> tuple[Tensor, ...]:
+    outputs: int = 3,
+) -> Tensor | tuple[Tensor, ...]:
     """Y, Y_h of `f(x W' + h R' + b)`."""
     chosen = _functions(activations, ["Tanh"], w.shape[0], activation_alpha, activation_beta, clip)
 
@@ -157,7 +159,7 @@ def rnn(
         wb, rb = _bias(bias, d, w)
         return (chosen[d](F.linear(frame, w[d], wb) + F.linear(state[0], r[d], rb)),)
 
-    return _run(x, r.shape[-1], direction, layout, lengths, [initial], step)
+    return _run(x, r.shape[-1], direction, layout, lengths, [initial], step, outputs)
 
 
 def gru(
@@ -176,7 +178,8 @@ def gru(
     hidden_size: int | None = None,
     layout: int = 0,
     linear_before_reset: int = 0,
-) -> tuple[Tensor, ...]:
+    outputs: int = 3,
+) -> Tensor | tuple[Tensor, ...]:
     """Y, Y_h of a gated recurrent unit with gates in the order z, r, h."""
     chosen = _functions(
         activations, ["Sigmoid", "Tanh"], w.shape[0], activation_alpha, activation_beta, clip
@@ -197,7 +200,7 @@ def gru(
             new = candidate(xh + F.linear(reset * h, rh, bh))
         return ((1 - z) * new + z * h,)
 
-    return _run(x, r.shape[-1], direction, layout, lengths, [initial], step)
+    return _run(x, r.shape[-1], direction, layout, lengths, [initial], step, outputs)
 
 
 def lstm(
@@ -218,7 +221,8 @@ def lstm(
     hidden_size: int | None = None,
     input_forget: int = 0,
     layout: int = 0,
-) -> tuple[Tensor, ...]:
+    outputs: int = 3,
+) -> Tensor | tuple[Tensor, ...]:
     """Y, Y_h, Y_c of a long short-term memory with gates in the order i, o, f, c."""
     chosen = _functions(
         activations,
@@ -244,11 +248,11 @@ def lstm(
         new = f * c + i * cell(g)
         return gate(o + po * new) * show(new), new
 
-    return _run(x, r.shape[-1], direction, layout, lengths, [initial_h, initial_c], step)
+    return _run(x, r.shape[-1], direction, layout, lengths, [initial_h, initial_c], step, outputs)
 
 
 SPECS: tuple[OpSpec, ...] = (
-    op("RNN", rnn, recurrent_cost, since=7),
-    op("GRU", gru, recurrent_cost, since=7),
-    op("LSTM", lstm, recurrent_cost, since=7),
+    op("RNN", rnn, recurrent_cost, since=7, facts=output_count),
+    op("GRU", gru, recurrent_cost, since=7, facts=output_count),
+    op("LSTM", lstm, recurrent_cost, since=7, facts=output_count),
 )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from optcompiler.ops.costs import DIVISION, TRANSCENDENTAL, reading_cost
-from optcompiler.ops.declare import op
+from optcompiler.ops.declare import op, output_count
 from optcompiler.ops.spec import OpSpec
 from optcompiler.ops.types import whole_list
 
@@ -200,16 +200,17 @@ def det(x: Tensor) -> Tensor:
 
 
 def unique(
-    x: Tensor, *, axis: int | None = None, sorted: int = 1
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, *, axis: int | None = None, sorted: int = 1, outputs: int = 4
+) -> Tensor | tuple[Tensor, ...]:
     """Distinct elements (or slices along `axis`), first positions, inverse and counts.
 
     Sorted, or in order of first occurrence.
     """
     dim = 0 if axis is None else axis
     source = x.reshape(-1) if axis is None else x
-    values, inverse, counts = torch.unique(
-        source, sorted=True, return_inverse=True, return_counts=True, dim=dim
+    values, inverse, counts = cast(
+        "tuple[Tensor, Tensor, Tensor]",
+        torch.unique(source, sorted=True, return_inverse=True, return_counts=True, dim=dim),
     )
     positions = torch.arange(inverse.numel(), device=x.device)
     first = torch.full((counts.numel(),), inverse.numel(), device=x.device)
@@ -219,7 +220,7 @@ def unique(
         place = torch.argsort(order)
         values = values.index_select(dim, order)
         first, counts, inverse = first[order], counts[order], place[inverse]
-    return values, first, inverse, counts
+    return (values, first, inverse, counts)[:outputs] if outputs > 1 else values
 
 
 def _reduction(op_type: str, meaning: Any, weight: int = 1, since: int = 1) -> OpSpec:
@@ -246,5 +247,5 @@ SPECS: tuple[OpSpec, ...] = (
     op("CumSum", cum_sum, reading_cost(), since=11, static=(1,)),
     op("CumProd", cum_prod, reading_cost(), since=26, static=(1,)),
     op("Det", det, reading_cost(4), since=11),
-    op("Unique", unique, reading_cost(8), since=11),
+    op("Unique", unique, reading_cost(8), since=11, facts=output_count),
 )

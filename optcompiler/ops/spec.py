@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import onnx_ir as ir
 
@@ -174,7 +174,14 @@ def attributes_of(node: ir.Node) -> Mapping[str, Any]:
                 values[name] = onnx.helper.get_attribute_value(default) if default.type else None
     for name, attribute in node.attributes.items():
         values[name] = attribute.value
-    return {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+    return {k: _text(v) for k, v in values.items()}
+
+
+def _text(value: Any) -> Any:
+    """Strings of protobuf as Python strings, alone or in a list."""
+    if isinstance(value, list):
+        return [_text(v) for v in cast("list[Any]", value)]
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def tensor_bytes(values: Sequence[ir.Value | None]) -> int:

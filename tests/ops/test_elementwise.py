@@ -88,8 +88,12 @@ def test_where() -> None:
 
 @pytest.mark.parametrize("direction", ["LEFT", "RIGHT"])
 def test_bit_shift(direction: str) -> None:
-    program = single("BitShift", "uint8[4] a, uint8[4] b", "uint8[4] y", f'direction = "{direction}"')
-    check(program, {"a": np.array([1, 16, 255, 3], np.uint8), "b": np.array([1, 2, 7, 0], np.uint8)})
+    program = single(
+        "BitShift", "uint8[4] a, uint8[4] b", "uint8[4] y", f'direction = "{direction}"'
+    )
+    check(
+        program, {"a": np.array([1, 16, 255, 3], np.uint8), "b": np.array([1, 2, 7, 0], np.uint8)}
+    )
 
 
 @pytest.mark.parametrize("op_type", ["BitwiseAnd", "BitwiseOr", "BitwiseXor"])
