@@ -295,7 +295,7 @@ class _Job:
         self, final: Built, before: Built | None, planner: Planner | None, probe: Probe | None
     ) -> Compiled:
         session, budget = self.session, self.budget
-        times = finish.learn_kernels(session, final) or {}
+        times = finish.learn_kernels(session, final)
         if times:
             device.remember(session.backend, session.target, session.profile)
         signature = self.signature.with_ports(final.program)

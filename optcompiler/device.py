@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,24 +23,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optcompiler.cost import Curve, DeviceProfile
-from optcompiler.errors import InputError, OptcompilerError
+from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.program import Program
 
 if TYPE_CHECKING:
-    from optcompiler.backend import Backend, Kernel, Runner
+    from optcompiler.backend import Backend, Runner
     from optcompiler.rewriting import Progress
     from optcompiler.target import Target
 
-FORMAT = 3
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A small program whose time shows one rate: `rate` is "mac", "flop", "bytes" or "launch"."""
-
-    rate: str
-    text: str
-    weights: Mapping[str, np.ndarray]
+FORMAT = 4
 
 
 def profile_for(
@@ -172,58 +164,135 @@ def interleaved_us(
 # -- probes ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Probe:
+    """One small program whose time shows a rate, or two whose difference does.
+
+    `rate` is "launch", "bytes", "flop" or "mac". With `longer`, the second program holds `extra`
+    more kernels like those of the first, and the rate is fitted to the difference, so that what
+    stands at the ends (converting to integers and back, the call itself) does not count.
+    """
+
+    rate: str
+    program: Program
+    longer: Program | None = None
+    extra: int = 0
+
+
 def measure(
     backend: Backend, target: Target, progress: Progress | None = None
 ) -> DeviceProfile | None:
     """Run every probe that the backend supports and fit the rates; None when it cannot be timed."""
-    precisions = backend.capabilities(target).precisions
-    probes = [p for p in _probes() if "int8" in precisions or "Quantize" not in p.text]
-    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    launch_us, overhead_us = 0.5, 1.0
-    launches: list[tuple[int, float]] = []
-    timed: list[tuple[Probe, Sequence[Kernel], float]] = []
-    tracked = progress.track(probes, f"measuring {target}") if progress else iter(probes)
-    for probe in tracked:
-        program = _program(probe)
-        try:
-            microseconds = _time_program(backend, target, program)
-        except OptcompilerError:
-            continue
-        if microseconds is None:
-            return None
-        kernels = backend.kernels(program, target)
-        if probe.rate == "launch":
-            launches.append((len(kernels), microseconds))
-        else:
-            timed.append((probe, kernels, microseconds))
-    if len(launches) >= 2:
-        (n0, t0), (n1, t1) = launches[0], launches[-1]
-        launch_us = max((t1 - t0) / max(n1 - n0, 1), 0.01)
-        overhead_us = max(t0 - n0 * launch_us, 0.1)
-    for probe, kernels, microseconds in timed:
-        main = max(kernels, key=lambda k: (k.macs, k.flops, k.bytes_moved))
-        busy = max(microseconds - overhead_us - len(kernels) * launch_us, 0.05 * microseconds) / 1e6
-        amount = {
-            "mac": main.macs,
-            "flop": main.flops,
-            "bytes": main.bytes_moved + main.weight_bytes,
-        }[probe.rate]
-        if amount:
-            key = "bytes" if probe.rate == "bytes" else f"{main.kind}/{main.dtype}"
-            points.setdefault((probe.rate, key), []).append((float(amount), amount / busy))
-    if not any(rate == "mac" for rate, _ in points):
+    probes = list(_probes(integers="int8" in backend.capabilities(target).precisions))
+    programs = [p for probe in probes for p in (probe.program, probe.longer) if p is not None]
+    times: dict[int, float] = {}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        built = [pool.submit(_build, backend, target, p) for p in programs]
+        tracked = zip(programs, built, strict=True)
+        items = list(tracked)
+        for program, future in progress.track(items, f"measuring {target}") if progress else items:
+            made = future.result()
+            if made is None:
+                continue
+            runner, scratch = made
+            try:
+                if not runner.timed:
+                    return None
+                times[id(program)] = _time(runner, program)
+            finally:
+                runner.close()
+                scratch.cleanup()
+    profile = _launches(backend, target, probes, times)
+    for rate in ("bytes", "flop", "mac"):
+        profile = _fitted(backend, target, profile, rate, probes, times)
+    return profile if profile.mac_rate else None
+
+
+Made = tuple["Runner", "tempfile.TemporaryDirectory[str]"]
+
+
+def _build(backend: Backend, target: Target, program: Program) -> Made | None:
+    scratch = tempfile.TemporaryDirectory(prefix="optcompiler-probe-")
+    try:
+        info = backend.lower(program, target, Path(scratch.name))
+        return backend.load(Path(scratch.name), info, threads=target.threads), scratch
+    except UnsupportedOperatorError:
+        scratch.cleanup()
         return None
+
+
+def _time(runner: Runner, program: Program) -> float:
+    """The lower quartile in microseconds: what the machine does when nothing else disturbs it."""
+    rng = np.random.default_rng(0)
+    inputs = {
+        p.name: rng.standard_normal([int(d) for d in p.shape]).astype(np.float32)
+        for p in program.inputs
+    }
+    runner.run(inputs)
+    times: list[float] = []
+    end = time.perf_counter() + 0.1
+    while len(times) < 8 or (time.perf_counter() < end and len(times) < 400):
+        start = time.perf_counter()
+        runner.run(inputs)
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.quantiles(times, n=4)[0]
+
+
+def _launches(
+    backend: Backend, target: Target, probes: Sequence[Probe], times: Mapping[int, float]
+) -> DeviceProfile:
+    launch_us, overhead_us = 0.5, 1.0
+    for probe in probes:
+        if probe.rate != "launch" or probe.longer is None or id(probe.longer) not in times:
+            continue
+        short, long = times[id(probe.program)], times[id(probe.longer)]
+        fewer = len(backend.kernels(probe.program, target))
+        more = len(backend.kernels(probe.longer, target))
+        launch_us = max((long - short) / max(more - fewer, 1), 0.01)
+        overhead_us = max(short - fewer * launch_us, 0.1)
     return DeviceProfile(
         name=machine_name(),
         backend=backend.name,
         threads=target.threads,
-        mac_rate={k: _curve(v) for (r, k), v in points.items() if r == "mac"},
-        flop_rate={k: _curve(v) for (r, k), v in points.items() if r == "flop"},
-        bandwidth=_curve(points.get(("bytes", "bytes"), [(1.0, 5e9)])),
+        mac_rate={},
+        flop_rate={"pointwise/fp32": ((1.0, 1e12),)},
+        bandwidth=((1.0, 1e12),),
         launch_us=launch_us,
         overhead_us=overhead_us,
         versions=dict(backend.versions()),
     )
+
+
+def _fitted(
+    backend: Backend, target: Target, profile: DeviceProfile, rate: str, probes: Sequence[Probe],
+    times: Mapping[int, float],
+) -> DeviceProfile:  # fmt: skip
+    """The profile with one kind of rate fitted."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for probe in probes:
+        last = probe.longer or probe.program
+        if probe.rate != rate or id(last) not in times or id(probe.program) not in times:
+            continue
+        main = max(backend.kernels(last, target), key=lambda k: (k.macs, k.flops, k.bytes_moved))
+        if probe.longer is not None:
+            each = (times[id(last)] - times[id(probe.program)]) / probe.extra
+        else:
+            each = times[id(last)] - profile.overhead_us
+        floor = times[id(last)] / (20 * max(probe.extra, 1))
+        busy = max(each - profile.launch_us, floor) / 1e6
+        amount, key = {
+            "mac": (main.macs, f"{main.kind}/{main.dtype}"),
+            "flop": (main.flops, f"{main.kind}/{main.dtype}"),
+            "bytes": (main.bytes_moved + main.weight_bytes, "all"),
+        }[rate]
+        if amount:
+            points.setdefault(key, []).append((float(amount), amount / busy))
+    curves = {k: _curve(v) for k, v in points.items()}
+    if rate == "bytes":
+        return replace(profile, bandwidth=curves["all"]) if curves else profile
+    if rate == "flop":
+        return replace(profile, flop_rate={**profile.flop_rate, **curves}) if curves else profile
+    return replace(profile, mac_rate=curves)
 
 
 def _curve(points: list[tuple[float, float]]) -> Curve:
@@ -233,167 +302,156 @@ def _curve(points: list[tuple[float, float]]) -> Curve:
     return tuple((s, statistics.median(r)) for s, r in sorted(merged.items()))
 
 
-def _program(probe: Probe) -> Program:
-    import onnx_ir as ir
-
-    program = Program(ir.from_onnx_text(probe.text))
-    by_name = {v.name: v for v in program.graph.inputs}
-    for name, array in probe.weights.items():
-        value = by_name[name]
-        program.graph.inputs.remove(value)
-        value.const_value = ir.tensor(array, name=name)
-        program.graph.register_initializer(value)
-    return Program.from_onnx(program.model)
-
-
-def _time_program(backend: Backend, target: Target, program: Program) -> float | None:
-    with tempfile.TemporaryDirectory(prefix="optcompiler-probe-") as scratch:
-        info = backend.lower(program, target, Path(scratch))
-        runner: Runner = backend.load(Path(scratch), info, threads=target.threads)
-        try:
-            if not runner.timed:
-                return None
-            rng = np.random.default_rng(0)
-            inputs = {
-                p.name: rng.standard_normal([int(d) for d in p.shape]).astype(np.float32)
-                for p in program.inputs
-            }
-            return time_us(lambda: runner.run(inputs))
-        finally:
-            runner.close()
+def estimate_only(profile: DeviceProfile) -> DeviceProfile:
+    """The same rates without the table of measured kernels."""
+    return replace(profile, measured={})
 
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]>\n'
+TEXT_TYPES = {"float32": "float", "int8": "int8", "uint8": "uint8", "int32": "int32"}
+PAIRS = 3
+"""A longer chain goes to and fro this many times, a shorter one once."""
+
+MATMULS = ((4, 64, 64), (64, 384, 384), (128, 1536, 384), (1, 1000, 512))
+"""Rows, columns, depth."""
+CONVS = ((8, 16, 8, 3, 1), (64, 64, 28, 3, 1), (128, 256, 14, 3, 1), (16, 32, 56, 1, 1),
+         (64, 256, 28, 1, 1), (32, 32, 56, 3, 32), (96, 96, 14, 3, 96))  # fmt: skip
+"""Channels in, channels out, height and width, kernel, groups."""
 
 
-def _probes() -> Iterator[Probe]:
+def _probes(*, integers: bool) -> Iterator[Probe]:
     rng = np.random.default_rng(0)
-
-    def w(*shape: int) -> np.ndarray:
-        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
-
-    for count in (2, 34):
-        yield Probe("launch", *_chain(count, w))
-    for m, n, k in ((4, 64, 64), (64, 384, 384), (128, 1536, 384), (1, 1000, 512)):
-        yield Probe("mac", *_matmul(m, n, k, w))
-        yield Probe("mac", *_matmul(m, n, k, w, int8=True))
-    for c, o, size, kernel, group in (
-        (8, 8, 8, 3, 1), (64, 64, 28, 3, 1), (128, 256, 14, 3, 1), (32, 16, 56, 1, 1),
-        (64, 256, 28, 1, 1), (32, 32, 56, 3, 32), (96, 96, 14, 3, 96),
-    ):  # fmt: skip
-        yield Probe("mac", *_conv(c, o, size, kernel, group, w))
-        yield Probe("mac", *_conv(c, o, size, kernel, group, w, int8=True))
+    yield Probe("launch", _small_steps(2), _small_steps(34), 32)
+    for int8 in (False, True) if integers else (False,):
+        for sizes in MATMULS:
+            short, long = (_matmuls(*sizes, pairs, rng, int8) for pairs in (1, PAIRS))
+            yield Probe("mac", short, long, 2 * (PAIRS - 1))
+        for conv in CONVS:
+            short, long = (_convs(*conv, pairs, rng, int8) for pairs in (1, PAIRS))
+            yield Probe("mac", short, long, 2 * (PAIRS - 1))
+    for rows in (16, 128):
+        yield Probe("mac", _attention_product(rows))
     for rows in (4, 64, 512):
-        yield Probe("mac", *_attention_product(rows))
-        for op in ("Softmax <axis = -1> (x)", "LayerNormalization <axis = -1> (x, g, b)"):
-            yield Probe("flop", *_unary(op, rows, 384))
-        for op in ("Erf(x)", "Tanh(x)", "Gelu(x)", "Mul(x, x)"):
-            yield Probe("flop", *_unary(op, rows, 384))
-    for rows in (4, 64, 1024, 8192):
-        yield Probe("bytes", *_unary("Relu(x)", rows, 512))
+        for op in ("Softmax <axis = -1> (x)", "LayerNormalization <axis = -1> (x, g)",
+                   "Erf (x)", "Tanh (x)", "Gelu (x)", "Mul (x, x)"):  # fmt: skip
+            yield Probe("flop", _unary(op, rows, 384))
     for size in (14, 56):
-        yield Probe("flop", *_pool(size))
+        yield Probe("flop", _pool(size))
+    for rows in (4, 64, 1024, 8192):
+        yield Probe("bytes", _unary("Relu (x)", rows, 512))
 
 
-def _chain(count: int, w: Callable[..., np.ndarray]) -> tuple[str, dict[str, np.ndarray]]:
-    lines = [
-        f"v{i + 1} = MatMul(v{i}, w)" if i % 2 == 0 else f"v{i + 1} = Softmax <axis = -1> (v{i})"
-        for i in range(count)
-    ]
-    body = "\n".join(lines)
-    text = f"{HEAD}g (float[1,16] v0, float[16,16] w) => (float[1,16] v{count}) {{\n{body}\n}}"
-    return text, {"w": w(16, 16)}
-
-
-def _quantized(
-    main: str, weight: np.ndarray, bias: np.ndarray, axis: int
-) -> tuple[str, dict[str, np.ndarray]]:
-    """Lines of an integer kernel `y = main(xd, wd, bd)` in Q/DQ form, and its constants."""
-    reduced = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = (np.abs(weight).max(axis=reduced) / 127).astype(np.float32)
-    shape = [1] * weight.ndim
-    shape[axis] = -1
-    levels = np.clip(np.rint(weight / scale.reshape(shape)), -127, 127).astype(np.int8)
-    lines = f"""
-      q = QuantizeLinear(x, s, z)
-      xd = DequantizeLinear(q, s, z)
-      wd = DequantizeLinear <axis = {axis}> (w, ws, wz)
-      bd = DequantizeLinear <axis = 0> (b, bs, bz)
-      t = {main}
-      r = Relu(t)
-      p = QuantizeLinear(r, s, z)
-      y = DequantizeLinear(p, s, z)"""
-    constants = {
-        "s": np.float32(0.03), "z": np.uint8(110), "w": levels, "ws": scale,
-        "wz": np.zeros(scale.shape, np.int8), "b": np.rint(bias / 0.03).astype(np.int32),
-        "bs": (scale * np.float32(0.03)).astype(np.float32), "bz": np.zeros(scale.shape, np.int32),
-    }  # fmt: skip
-    return lines, {k: np.asarray(v) for k, v in constants.items()}
-
-
-_TEXT_TYPES = {"float32": "float", "int8": "int8", "uint8": "uint8", "int32": "int32"}
-
-
-def _graph(
+def _program(
     x: Sequence[int], y: Sequence[int], lines: str, constants: Mapping[str, np.ndarray]
-) -> str:
+) -> Program:
+    """A program from `x` to `y`, both float, with `constants` as initializers."""
+    import onnx_ir as ir
+
     def typed(name: str, dtype: str, shape: Sequence[int]) -> str:
         dims = f"[{','.join(map(str, shape))}]" if len(shape) else ""
         return f"{dtype}{dims} {name}"
 
-    arguments = [typed("x", "float", x)] + [
-        typed(k, _TEXT_TYPES[str(v.dtype)], v.shape) for k, v in constants.items()
+    declared = [typed(k, TEXT_TYPES[str(v.dtype)], v.shape) for k, v in constants.items()]
+    arguments = ", ".join([typed("x", "float", x), *declared])
+    model = ir.from_onnx_text(
+        f"{HEAD}g ({arguments}) => ({typed('y', 'float', y)}) {{\n{lines}\n}}"
+    )
+    for value in list(model.graph.inputs)[1:]:
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(constants[str(value.name)], name=value.name)
+        model.graph.register_initializer(value)
+    return Program.from_onnx(model)
+
+
+def _small_steps(count: int) -> Program:
+    lines = [
+        f"v{i + 1} = MatMul (v{i}, w)" if i % 2 == 0 else f"v{i + 1} = Softmax <axis = -1> (v{i})"
+        for i in range(count)
     ]
-    return f"{HEAD}g ({', '.join(arguments)}) => ({typed('y', 'float', y)}) {{\n{lines}\n}}"
+    lines = ["v0 = Softmax <axis = -1> (x)", *lines, f"y = Softmax <axis = -1> (v{count})"]
+    return _program((1, 16), (1, 16), "\n".join(lines), {"w": np.eye(16, dtype=np.float32)})
 
 
-def _matmul(
-    m: int, n: int, k: int, w: Callable[..., np.ndarray], int8: bool = False
-) -> tuple[str, dict[str, np.ndarray]]:
-    weight, bias = w(k, n), w(n)
-    if int8:
-        lines, constants = _quantized("Gemm(xd, wd, bd)", weight, bias, 1)
-    else:
-        lines, constants = "y = Gemm(x, w, b)", {"w": weight, "b": bias}
-    return _graph((m, k), (m, n), lines, constants), constants
+Layer = tuple[str, np.ndarray, int]
+"""Operator with its attributes, weight, and the axis of the weight's output channels."""
 
 
-def _conv(
-    c: int, o: int, size: int, kernel: int, group: int, w: Callable[..., np.ndarray],
-    int8: bool = False,
-) -> tuple[str, dict[str, np.ndarray]]:  # fmt: skip
-    weight, bias, pad = w(o, c // group, kernel, kernel), w(o), kernel // 2
-    attributes = (
-        f"<group = {group}, kernel_shape = [{kernel},{kernel}], pads = [{pad},{pad},{pad},{pad}]>"
-    )
-    if int8:
-        lines, constants = _quantized(f"Conv {attributes} (xd, wd, bd)", weight, bias, 0)
-    else:
-        lines = f"t = Conv {attributes} (x, w, b)\ny = Relu(t)"
-        constants = {"w": weight, "b": bias}
-    return _graph((1, c, size, size), (1, o, size, size), lines, constants), constants
-
-
-def _attention_product(rows: int) -> tuple[str, dict[str, np.ndarray]]:
-    text = (
-        f"{HEAD}g (float[1,12,{rows},32] x, float[1,12,32,{rows}] k) => "
-        f"(float[1,12,{rows},{rows}] y) {{ y = MatMul(x, k) }}"
-    )
-    return text, {}
-
-
-def _unary(op: str, rows: int, columns: int) -> tuple[str, dict[str, np.ndarray]]:
+def _chain(
+    layers: Sequence[Layer], shape: Sequence[int], rng: np.random.Generator, int8: bool
+) -> Program:
+    """Layers one after another, each followed by Relu, in float or in Q/DQ form."""
     constants: dict[str, np.ndarray] = {}
-    if "(x, g, b)" in op:
-        constants = {"g": np.ones(columns, np.float32), "b": np.zeros(columns, np.float32)}
-    return _graph((rows, columns), (rows, columns), f"y = {op}", constants), constants
+    lines: list[str] = []
+    value = "x"
+    if int8:
+        constants |= {"s": np.float32(0.03), "z": np.uint8(0)}  # pyright: ignore[reportAssignmentType]
+        lines += ["q = QuantizeLinear (x, s, z)", "d = DequantizeLinear (q, s, z)"]
+        value = "d"
+    for i, (op, weight, axis) in enumerate(layers):
+        bias = rng.standard_normal(weight.shape[axis]).astype(np.float32)
+        w, b = f"w{i}", f"b{i}"
+        if int8:
+            lines += _quantized_constants(i, weight, bias, axis, constants)
+            w, b = f"wd{i}", f"bd{i}"
+        else:
+            constants |= {w: weight, b: bias}
+        lines += [f"t{i} = {op} ({value}, {w}, {b})", f"r{i} = Relu (t{i})"]
+        value = f"r{i}"
+        if int8:
+            lines += [f"q{i} = QuantizeLinear ({value}, s, z)",
+                      f"d{i} = DequantizeLinear (q{i}, s, z)"]  # fmt: skip
+            value = f"d{i}"
+    lines.append(f"y = Relu ({value})")
+    constants = {k: np.asarray(v) for k, v in constants.items()}
+    return _program(shape, shape, "\n".join(lines), constants)
 
 
-def _pool(size: int) -> tuple[str, dict[str, np.ndarray]]:
+def _quantized_constants(
+    i: int, weight: np.ndarray, bias: np.ndarray, axis: int, constants: dict[str, np.ndarray]
+) -> list[str]:
+    scale = np.abs(weight).max(axis=tuple(a for a in range(weight.ndim) if a != axis)) / 127
+    spread = [-1 if a == axis else 1 for a in range(weight.ndim)]
+    levels = np.clip(np.rint(weight / scale.reshape(spread)), -127, 127)
+    constants |= {
+        f"w{i}": levels.astype(np.int8), f"ws{i}": scale.astype(np.float32),
+        f"wz{i}": np.zeros(scale.shape, np.int8), f"b{i}": np.rint(bias / 0.01).astype(np.int32),
+        f"bs{i}": (0.03 * scale).astype(np.float32), f"bz{i}": np.zeros(scale.shape, np.int32),
+    }  # fmt: skip
+    return [f"wd{i} = DequantizeLinear <axis = {axis}> (w{i}, ws{i}, wz{i})",
+            f"bd{i} = DequantizeLinear <axis = 0> (b{i}, bs{i}, bz{i})"]  # fmt: skip
+
+
+def _matmuls(m: int, n: int, k: int, pairs: int, rng: np.random.Generator, int8: bool) -> Program:
+    def layer(a: int, b: int) -> Layer:
+        return "Gemm", (rng.standard_normal((a, b)) / np.sqrt(a)).astype(np.float32), 1
+
+    return _chain([layer(k, n), layer(n, k)] * pairs, (m, k), rng, int8)
+
+
+def _convs(
+    c: int, o: int, size: int, kernel: int, groups: int, pairs: int, rng: np.random.Generator,
+    int8: bool,
+) -> Program:  # fmt: skip
+    pad = ",".join([str(kernel // 2)] * 4)
+    op = f"Conv <group = {groups}, kernel_shape = [{kernel},{kernel}], pads = [{pad}]>"
+
+    def layer(a: int, b: int) -> Layer:
+        shape = (b, a // groups, kernel, kernel)
+        return op, (rng.standard_normal(shape) / np.sqrt(a * kernel)).astype(np.float32), 0
+
+    return _chain([layer(c, o), layer(o, c)] * pairs, (1, c, size, size), rng, int8)
+
+
+def _attention_product(rows: int) -> Program:
+    lines = "t = Transpose <perm = [0,1,3,2]> (x)\ny = MatMul (x, t)"
+    return _program((1, 12, rows, 32), (1, 12, rows, rows), lines, {})
+
+
+def _unary(op: str, rows: int, columns: int) -> Program:
+    constants = {"g": np.ones(columns, np.float32)} if ", g)" in op else {}
+    return _program((rows, columns), (rows, columns), f"y = {op}", constants)
+
+
+def _pool(size: int) -> Program:
     op = "y = MaxPool <kernel_shape = [3,3], strides = [2,2], pads = [1,1,1,1]> (x)"
-    return _graph((1, 64, size, size), (1, 64, size // 2, size // 2), op, {}), {}
-
-
-def estimate_only(profile: DeviceProfile) -> DeviceProfile:
-    """The same rates without the table of measured kernels."""
-    return replace(profile, measured={})
+    return _program((1, 64, size, size), (1, 64, size // 2, size // 2), op, {})

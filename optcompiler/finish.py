@@ -33,6 +33,10 @@ INTEGER_ERROR = 0.05
 kernels and the executor's simulation of it. Rounding may differ by one level here and there."""
 
 
+CREDIBLE = (0.75, 1.15)
+"""A run over the sum of its profiled kernels: outside this range the profile is not believed."""
+
+
 @dataclass
 class Built:
     """A program lowered, loaded and checked, in a scratch directory of its own."""
@@ -126,15 +130,22 @@ def measure(session: Session, built: Sequence[Built]) -> None:
         b.measured_us = microseconds
 
 
-def learn_kernels(session: Session, built: Built) -> dict[str, float] | None:
-    """Per-kernel times of one artifact by kernel name, entered into the session's profile."""
-    if not built.runner.timed:
-        return None
+def learn_kernels(session: Session, built: Built) -> dict[str, float]:
+    """Per-kernel times of one artifact in microseconds by kernel name, {} where it cannot tell.
+
+    Profiling costs time of its own: the times are scaled to add up to what a run takes, and enter
+    the session's profile when that scale is near one, since else they say little.
+    """
+    if not built.runner.timed or built.measured_us is None:
+        return {}
     times = built.runner.kernel_times_us(sample_of(session))
     if not times:
-        return None
-    by_name = {k.name: k for k in built.kernels}
-    session.learned({by_name[n].signature: t for n, t in times.items() if n in by_name})
+        return {}
+    scale = max(built.measured_us - session.profile.overhead_us, 0.0) / sum(times.values())
+    times = {name: scale * t for name, t in times.items()}
+    if CREDIBLE[0] <= scale <= CREDIBLE[1]:
+        by_name = {k.name: k for k in built.kernels}
+        session.learned({by_name[n].signature: t for n, t in times.items() if n in by_name})
     return times
 
 

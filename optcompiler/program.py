@@ -293,7 +293,7 @@ class Program:
                 if type_ is not None:
                     value.type = type_
                 shape = ir.serde.deserialize_type_proto_for_shape(info.type)
-                if shape is not None and not value.is_graph_output():
+                if shape is not None and value.shape is None:
                     value.shape = shape
 
     # -- verification -----------------------------------------------------------------------
