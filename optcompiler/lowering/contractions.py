@@ -1,0 +1,330 @@
+"""Conv, MatMul and Gemm: operands, their quantisation, bias and epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from optcompiler.errors import UnsupportedOperatorError
+from optcompiler.lowering.build import (
+    channels_last,
+    is_channels_last,
+    map_views,
+    reshaped,
+    view_array,
+)
+from optcompiler.lowering.core import Lowering, Rule
+from optcompiler.lowering.expressions import call, number
+from optcompiler.lowering.flatten import site_of
+from optcompiler.lowering.ir import (
+    Accumulator,
+    Const,
+    Conv,
+    Dequantize,
+    Expr,
+    Load,
+    MatMul,
+    Operand,
+    Quantization,
+    View,
+    product,
+    row_major,
+)
+
+INTEGERS = frozenset({"UINT8", "INT8"})
+
+
+def quantised(expr: Expr, channel_axis: int | None) -> Operand | None:
+    """The operand when `expr` is an integer tensor dequantised by constants.
+
+    Scales vary along `channel_axis` alone, or not at all.
+    """
+    if not isinstance(expr, Dequantize) or not isinstance(expr.arg, Load):
+        return None
+    view = expr.arg.view
+    if view.dtype not in INTEGERS:
+        return None
+    scale = _parameter(expr.scale, channel_axis)
+    zero = _parameter(expr.zero_point, channel_axis)
+    if scale is None or zero is None:
+        return None
+    if scale.ndim != zero.ndim:
+        scale, zero = np.broadcast_arrays(scale, zero)
+    return Operand(view, Quantization(scale.astype(np.float32), zero.astype(np.int32)))
+
+
+def _parameter(expr: Expr, axis: int | None) -> np.ndarray | None:
+    if isinstance(expr, Const):
+        return np.array(expr.value)
+    if not isinstance(expr, Load) or expr.view.buffer.array is None:
+        return None
+    view = expr.view
+    moving = [
+        i for i, (n, s) in enumerate(zip(view.shape, view.strides, strict=True)) if n > 1 and s
+    ]
+    array = view_array(view)
+    if not moving:
+        return np.array(array.reshape(-1)[0])
+    if axis is None or moving != [axis % len(view.shape)]:
+        return None
+    index: list[int | slice] = [0] * len(view.shape)
+    index[axis] = slice(None)
+    return np.ascontiguousarray(array[tuple(index)])
+
+
+def operands(
+    low: Lowering, node: ir.Node, a: ir.Value, b: ir.Value, axis_b: int, permute_b: bool = False
+) -> tuple[Operand, Operand]:
+    """Both integers where both sides are quantised and the second constant, else both floats."""
+    second = low.expr(b)
+    if permute_b:
+        second = map_views(second, lambda v: v.permute((1, 0)))
+    qa, qb = quantised(low.expr(a), None), quantised(second, axis_b)
+    if qa is not None and qb is not None and qb.view.buffer.array is not None:
+        return qa, qb
+    return float_operand(low, node, a), float_operand(low, node, b, permute_b)
+
+
+def float_operand(low: Lowering, node: ir.Node, value: ir.Value, permute: bool = False) -> Operand:
+    array = low.array(value)
+    view = low.constant(array, value.name or "") if array is not None else low.view(value, node)
+    if view.dtype != "FLOAT":
+        raise UnsupportedOperatorError(
+            f"{node.op_type} {site_of(node)!r}: {view.dtype} operands have no lowered form; "
+            f"convert the model to FLOAT."
+        )
+    return Operand(view.permute((1, 0)) if permute else view)
+
+
+def adjacent(low: Lowering, node: ir.Node, operand: Operand, axis: int) -> Operand:
+    """The operand with elements along `axis` next to each other, copied when they are not."""
+    view = operand.view
+    axis %= len(view.shape)
+    if view.strides[axis] == 1 or view.shape[axis] == 1:
+        return operand
+    last = len(view.shape) - 1
+    order = (*(i for i in range(last + 1) if i != axis), axis)
+    inner = row_major(tuple(view.shape[i] for i in order))
+    strides = [0] * len(order)
+    for place, i in enumerate(order):
+        strides[i] = inner[place]
+    copy = low.store_plain(Load(view.dtype, view), view.shape, tuple(strides), node)
+    return replace(operand, view=copy)
+
+
+def bias_of(
+    low: Lowering, value: ir.Value | None, a: Operand, b: Operand, size: int
+) -> tuple[np.ndarray | None, Expr | None]:
+    """A bias [size] as the step's own array, or as an expression over [size] for the epilogue."""
+    if value is None:
+        return None, None
+    expr = low.expr(value)
+    if a.quantization is None or b.quantization is None:
+        array = low.array(value)
+        return (None, expr) if array is None else (spread(array, size), None)
+    if isinstance(expr, Dequantize):
+        integers = expr.arg
+        scale, zero = _parameter(expr.scale, 0), _parameter(expr.zero_point, 0)
+        wanted = a.quantization.scale * b.quantization.scale
+        if (
+            isinstance(integers, Load)
+            and integers.view.buffer.array is not None
+            and integers.view.dtype == "INT32"
+            and scale is not None
+            and zero is not None
+            and not zero.any()
+            and np.allclose(scale, wanted, rtol=1e-5, atol=0)
+        ):
+            return spread(view_array(integers.view), size), None
+    array = low.array(value)
+    if array is None:
+        return None, expr
+    return None, Load("FLOAT", low.constant(spread(array, size)))
+
+
+def spread(array: np.ndarray, size: int) -> np.ndarray:
+    return np.ascontiguousarray(np.broadcast_to(array.reshape(-1), (size,)))
+
+
+def lower_conv(low: Lowering, node: ir.Node) -> None:
+    x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    assert x is not None
+    assert w is not None
+    attributes = low.flat.attributes(node)
+    shape = low.shape(out)
+    rank = len(shape) - 2
+    if rank not in (1, 2):
+        raise UnsupportedOperatorError(
+            f"Conv {site_of(node)!r} has {rank} spatial dimensions; 1 and 2 have a lowered form."
+        )
+    a, b = operands(low, node, x, w, 0)
+    if b.view.buffer.array is None:
+        raise UnsupportedOperatorError(
+            f"Conv {site_of(node)!r} has weights computed at run time; only constant ones have a "
+            f"lowered form."
+        )
+    kernel = low.shape(w)[2:]
+    strides = tuple(attributes.get("strides") or (1,) * rank)
+    dilations = tuple(attributes.get("dilations") or (1,) * rank)
+    pads = window_pads(attributes, low.shape(x)[2:], kernel, strides, dilations)
+    wide = (*shape[:2], 1, shape[2]) if rank == 1 else shape
+    if rank == 1:
+        a, b = (
+            replace(o, view=o.view.reshape((*o.view.shape[:2], 1, o.view.shape[2])) or o.view)
+            for o in (a, b)
+        )
+        strides, dilations, pads = (1, *strides), (1, *dilations), (0, pads[0], 0, pads[1])
+    if not is_channels_last(a.view):
+        dense = channels_last(a.view.shape)
+        a = replace(a, view=low.store_plain(Load(a.view.dtype, a.view), a.view.shape, dense, node))
+        if rank == 2 and isinstance(low.exprs.get(x), Load):
+            low.exprs[x] = Load(a.view.dtype, a.view)
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    bias, bias_expr = bias_of(low, value, a, b, shape[1])
+    epilogue: Expr = Accumulator("FLOAT")
+    if bias_expr is not None:
+        tall = (1, shape[1]) + (1,) * rank
+        moved = map_views(bias_expr, lambda v: (v.reshape(tall) or v).broadcast(shape))
+        epilogue = call("add", epilogue, moved)
+
+    def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
+        dtype = low.flat.dtype(last)
+        buffer = low.buffer(dtype, product(wide), "temp", last.name or "")
+        view = View(buffer, wide, channels_last(wide))
+        final = expr if rank == 2 else reshaped(expr, wide)
+        assert final is not None
+        low.emit(
+            Conv, nodes, out=view, epilogue=final, a=a, b=b, bias=bias, strides=strides,
+            pads=pads, dilations=dilations, groups=attributes.get("group", 1),
+        )  # fmt: skip
+        done = view if rank == 2 else replace(
+            view, shape=shape, strides=(*view.strides[:2], view.strides[3])
+        )  # fmt: skip
+        low.exprs[last] = Load(view.dtype, done)
+
+    low.fused(node, epilogue, emit)
+
+
+def window_pads(
+    attributes: Mapping[str, object],
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+) -> tuple[int, ...]:
+    """Padding as (begin..., end...), `auto_pad` resolved."""
+    rank = len(kernel)
+    mode = attributes.get("auto_pad") or "NOTSET"
+    if mode == "NOTSET":
+        given = attributes.get("pads")
+        return tuple(given) if given else (0,) * (2 * rank)  # type: ignore[arg-type]
+    if mode == "VALID":
+        return (0,) * (2 * rank)
+    begin, end = [0] * rank, [0] * rank
+    for i in range(rank):
+        steps = -(-size[i] // strides[i])
+        total = max((steps - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1 - size[i], 0)
+        begin[i] = total // 2 if mode == "SAME_UPPER" else total - total // 2
+        end[i] = total - begin[i]
+    return (*begin, *end)
+
+
+def lower_matmul(low: Lowering, node: ir.Node) -> None:
+    x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    assert x is not None
+    assert w is not None
+    shape = low.shape(out)
+    a, b = operands(low, node, x, w, -1)
+    va, vb = a.view, b.view
+    if len(va.shape) == 1:
+        va = replace(va, shape=(1, *va.shape), strides=(0, *va.strides))
+    if len(vb.shape) == 1:
+        vb = replace(vb, shape=(*vb.shape, 1), strides=(*vb.strides, 1))
+    batch = np.broadcast_shapes(va.shape[:-2], vb.shape[:-2])
+    va, vb = va.broadcast((*batch, *va.shape[-2:])), vb.broadcast((*batch, *vb.shape[-2:]))
+    a = adjacent(low, node, replace(a, view=va), -1)
+    finish_matmul(low, node, a, replace(b, view=vb), shape, None, Accumulator("FLOAT"))
+
+
+def lower_gemm(low: Lowering, node: ir.Node) -> None:
+    x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    assert x is not None
+    assert w is not None
+    attributes = low.flat.attributes(node)
+    shape = low.shape(out)
+    a, b = operands(low, node, x, w, -1, permute_b=bool(attributes.get("transB")))
+    if attributes.get("transA"):
+        a = replace(a, view=a.view.permute((1, 0)))
+    a = adjacent(low, node, a, -1)
+    alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    epilogue: Expr = Accumulator("FLOAT")
+    if alpha != 1.0:
+        epilogue = call("mul", number(alpha, epilogue), epilogue)
+    bias, extra = None, None
+    if value is not None:
+        rows = low.shape(value)[:-1]
+        if alpha == 1.0 and beta == 1.0 and all(r == 1 for r in rows):
+            bias, vector = bias_of(low, value, a, b, shape[1])
+            if vector is not None:
+                extra = map_views(vector, lambda v: v.broadcast(shape))
+        else:
+            extra = low.expr(value, shape)
+            if beta != 1.0:
+                extra = call("mul", number(beta, extra), extra)
+    if extra is not None:
+        epilogue = call("add", epilogue, extra)
+    finish_matmul(low, node, a, b, shape, bias, epilogue)
+
+
+def finish_matmul(
+    low: Lowering,
+    node: ir.Node,
+    a: Operand,
+    b: Operand,
+    shape: tuple[int, ...],
+    bias: np.ndarray | None,
+    epilogue: Expr,
+) -> None:
+    """Emit the region; leading axes become one M where every view allows it."""
+    full = (*a.view.shape[:-1], b.view.shape[-1])
+
+    def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
+        dense = low.destination(last, None)
+        out = dense if full == shape else replace(
+            dense, shape=full, strides=_widened(dense, full)
+        )  # fmt: skip
+        final = expr if full == shape else reshaped(expr, full)
+        assert final is not None
+        left, right = a, b
+        flat = (int(np.prod(full[:-1])), full[-1])
+        still = all(
+            s == 0 or n == 1 for n, s in zip(b.view.shape[:-2], b.view.strides, strict=False)
+        )
+        if len(full) > 2 and still:
+            flat_a = a.view.reshape((flat[0], a.view.shape[-1]))
+            flat_out, flat_expr = out.reshape(flat), reshaped(final, flat)
+            if flat_a is not None and flat_out is not None and flat_expr is not None:
+                left, out, final = replace(a, view=flat_a), flat_out, flat_expr
+                two = replace(b.view, shape=b.view.shape[-2:], strides=b.view.strides[-2:])
+                right = replace(b, view=two)
+        low.emit(MatMul, nodes, out=out, epilogue=final, a=left, b=right, bias=bias)
+        low.exprs[last] = Load(dense.dtype, dense)
+
+    low.fused(node, epilogue, emit)
+
+
+def _widened(view: View, full: tuple[int, ...]) -> tuple[int, ...]:
+    wide = view.reshape(full)
+    assert wide is not None
+    return wide.strides
+
+
+CONTRACTIONS: Mapping[str, Rule] = {
+    "Conv": lower_conv,
+    "MatMul": lower_matmul,
+    "Gemm": lower_gemm,
+}

@@ -1,0 +1,155 @@
+"""What lowering starts from: functions expanded, constants known, every shape static."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes import common as ir_passes
+
+from optcompiler.errors import InputError, UnsupportedOperatorError
+from optcompiler.lowering.ir import ITEM_SIZES
+from optcompiler.ops.spec import attributes_of
+from optcompiler.program import Program, static_shape
+
+SITE_KEY = "optcompiler.site"
+"""Metadata key of an expanded node: the main-graph node it came from."""
+
+
+@dataclass(eq=False)
+class Flat:
+    """A program without functions.
+
+    `nodes` are in topological order without those whose results are constants; `constants` holds
+    initializers and folded results; `shapes` those of every tensor.
+    """
+
+    program: Program
+    nodes: list[ir.Node] = field(default_factory=list[ir.Node])
+    constants: dict[ir.Value, np.ndarray] = field(default_factory=dict[ir.Value, np.ndarray])
+    shapes: dict[ir.Value, tuple[int, ...]] = field(default_factory=dict[ir.Value, tuple[int, ...]])
+
+    def dtype(self, value: ir.Value) -> str:
+        return value.dtype.name if value.dtype is not None else "UNDEFINED"
+
+    def attributes(self, node: ir.Node) -> Mapping[str, Any]:
+        return attributes_of(node)
+
+
+def site_of(node: ir.Node) -> str:
+    """The main-graph node that `node` came from."""
+    return node.metadata_props.get(SITE_KEY) or node.name or ""
+
+
+def flatten(program: Program) -> Flat:
+    """Expand functions, fold constants, and check that every shape is static.
+
+    Raises `InputError` for a symbolic dimension, naming the input, and
+    `UnsupportedOperatorError` for a tensor type without a lowered form.
+    """
+    for port in program.inputs:
+        if not port.static:
+            dims = ", ".join(repr(d) for d in port.shape if not isinstance(d, int))
+            raise InputError(
+                f"input {port.name!r} has dynamic dimensions ({dims}) and this target compiles "
+                f"for fixed shapes; give a fixed size."
+            )
+    copy = program.clone()
+    for node in copy.graph:
+        node.metadata_props[SITE_KEY] = node.name or ""
+    if copy.functions:
+        ir_passes.InlinePass()(copy.model)
+        ir_passes.NameFixPass()(copy.model)
+        copy.infer_shapes()
+    elif any(static_shape(v) is None for n in copy.graph for v in n.outputs):
+        copy.infer_shapes()
+    flat = Flat(copy)
+    for value in copy.graph.initializers.values():
+        if value.const_value is not None:
+            flat.constants[value] = value.const_value.numpy()
+    for node in copy.graph:
+        if not _fold(node, flat):
+            flat.nodes.append(node)
+    _check(flat)
+    return flat
+
+
+def _fold(node: ir.Node, flat: Flat) -> bool:
+    """Whether the node's outputs became constants. A dequantised constant stays an integer."""
+    if node.op_type == "Shape" and node.inputs[0] is not None:
+        shape = flat.constants.get(node.inputs[0])
+        dims = shape.shape if shape is not None else static_shape(node.inputs[0])
+        if dims is not None:
+            attributes = flat.attributes(node)
+            part = dims[attributes.get("start") or 0 : attributes.get("end")]
+            flat.constants[node.outputs[0]] = np.array(part, np.int64)
+            return True
+    if node.domain != "" or node.op_type in {"DequantizeLinear", "RandomNormal", "RandomUniform"}:
+        return False
+    values = [None if v is None else flat.constants.get(v) for v in node.inputs]
+    if any(v is not None and c is None for v, c in zip(node.inputs, values, strict=True)):
+        return False
+    if any(
+        a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        for a in node.attributes.values()
+    ):
+        return False
+    for value, array in zip(node.outputs, evaluate(node, values), strict=True):
+        flat.constants[value] = np.asarray(array)
+    return True
+
+
+def evaluate(node: ir.Node, values: list[np.ndarray | None]) -> list[np.ndarray]:
+    """One node computed on constants by the ONNX reference implementation."""
+    if node.op_type == "GatherElements" and values[0] is not None and values[1] is not None:
+        # onnx 1.23's reference takes np.choose, which stops at 64 rows
+        axis = attributes_of(node).get("axis") or 0
+        rows = values[1] % values[0].shape[axis]
+        return [np.take_along_axis(values[0], rows, axis)]
+    version = node.version or (node.graph.opset_imports.get("") if node.graph else None)
+    names = ["" if v is None else f"i{i}" for i, v in enumerate(values)]
+    outputs = [f"o{i}" for i in range(len(node.outputs))]
+    proto = onnx.helper.make_node(node.op_type, names, outputs)
+    proto.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
+    infos = [
+        onnx.helper.make_tensor_value_info(
+            n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape
+        )
+        for n, v in zip(names, values, strict=True)
+        if v is not None
+    ]
+    graph = onnx.helper.make_graph(
+        [proto], "fold", infos, [onnx.ValueInfoProto(name=o) for o in outputs]
+    )
+    opset = onnx.helper.make_opsetid("", version or onnx.defs.onnx_opset_version())
+    model = onnx.helper.make_model(graph, opset_imports=[opset])
+    feeds = {n: v for n, v in zip(names, values, strict=True) if v is not None}
+    results: Any = ReferenceEvaluator(model).run(None, feeds)
+    return list(results)
+
+
+def _check(flat: Flat) -> None:
+    graph = flat.program.graph
+    for value, array in flat.constants.items():
+        flat.shapes[value] = array.shape
+    for value in graph.inputs:
+        flat.shapes[value] = static_shape(value) or ()
+    for node in flat.nodes:
+        for value in node.outputs:
+            shape = static_shape(value)
+            if shape is None:
+                raise UnsupportedOperatorError(
+                    f"{node.op_type} {site_of(node)!r}: the shape of {value.name!r} is not known "
+                    f"before the program runs; rewrite the model so that it does not depend on data."
+                )
+            flat.shapes[value] = shape
+            if flat.dtype(value) not in ITEM_SIZES:
+                raise UnsupportedOperatorError(
+                    f"{node.op_type} {site_of(node)!r}: {flat.dtype(value)} tensors have no lowered "
+                    f"form; cast to FLOAT or an integer type."
+                )

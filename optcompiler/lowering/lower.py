@@ -1,0 +1,31 @@
+"""Program → `Lowered`."""
+
+from __future__ import annotations
+
+from optcompiler.lowering import arena
+from optcompiler.lowering.contractions import CONTRACTIONS
+from optcompiler.lowering.core import Lowering
+from optcompiler.lowering.ir import Lowered
+from optcompiler.lowering.layout import LAYOUT
+from optcompiler.lowering.reductions import REDUCTIONS
+from optcompiler.program import Program
+
+RULES = {**LAYOUT, **CONTRACTIONS, **REDUCTIONS}
+"""What is not pointwise: operator → how it is lowered."""
+
+
+def lower(program: Program, *, plan: bool = True) -> Lowered:
+    """Lower a program of static shapes.
+
+    Pointwise operators that follow a contraction, reduction, pooling or another pointwise one are
+    fused into its step; functions of the program (fused regions) are expanded first, so a region is
+    one step whether a pass drew it or not. Images are stored channels-last between steps. With
+    `plan` False the arena is left to the caller (`arena.plan`), who may change steps first.
+
+    Raises `InputError` for dynamic shapes and `UnsupportedOperatorError` naming operator and node.
+    """
+    lowering = Lowering(program, RULES)
+    lowered = lowering.run()
+    if plan:
+        arena.plan(lowered)
+    return lowered

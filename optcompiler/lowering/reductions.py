@@ -1,0 +1,265 @@
+"""Reductions, softmax, normalisation, pooling, gathering and running sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from optcompiler.errors import UnsupportedOperatorError
+from optcompiler.lowering.build import channels_last, is_channels_last, map_views, reshaped
+from optcompiler.lowering.contractions import quantised, window_pads
+from optcompiler.lowering.core import Lowering, Rule
+from optcompiler.lowering.expressions import call
+from optcompiler.lowering.flatten import site_of
+from optcompiler.lowering.ir import (
+    Accumulator,
+    CumSum,
+    Expr,
+    Gather,
+    Load,
+    Normalization,
+    Pooling,
+    Quantization,
+    Reduction,
+    Softmax,
+)
+from optcompiler.lowering.layout import not_constant
+
+REDUCE = {
+    "ReduceSum": "sum", "ReduceMean": "mean", "ReduceMax": "max", "ReduceMin": "min",
+    "ReduceProd": "prod", "ReduceSumSquare": "sumsq", "ReduceL2": "sumsq",
+}  # fmt: skip
+
+
+def lower_reduce(low: Lowering, node: ir.Node) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    assert x is not None
+    attributes = low.flat.attributes(node)
+    space = low.shape(x)
+    given = attributes.get("axes")
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        array = low.array(node.inputs[1])
+        if array is None:
+            raise not_constant(node, "axes")
+        given = array.tolist()
+    if not given and attributes.get("noop_with_empty_axes"):
+        low.exprs[out] = low.expr(x)
+        return
+    axes = tuple(sorted(int(a) % len(space) for a in given)) if given else tuple(range(len(space)))
+    reduce(low, node, REDUCE[node.op_type], axes)
+
+
+def reduce(low: Lowering, node: ir.Node, op: str, axes: tuple[int, ...]) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    assert x is not None
+    space = low.shape(x)
+    kept = tuple(1 if i in axes else n for i, n in enumerate(space))
+    value = low.expr(x)
+    start: Expr = Accumulator(value.dtype)
+    if node.op_type == "ReduceL2":
+        start = call("sqrt", start)
+
+    def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
+        dense = low.destination(last, None)
+        view, epilogue = dense.reshape(kept), reshaped(expr, kept)
+        if view is None or epilogue is None:
+            raise UnsupportedOperatorError(
+                f"{node.op_type} {site_of(node)!r}: what follows it cannot be fused; "
+                f"run the clean-up passes first."
+            )
+        low.emit(
+            Reduction,
+            nodes,
+            out=view,
+            epilogue=epilogue,
+            op=op,
+            space=space,
+            axes=axes,
+            value=value,
+        )
+        low.exprs[last] = Load(dense.dtype, dense)
+
+    low.fused(node, start, emit)
+
+
+def lower_global_pool(low: Lowering, node: ir.Node) -> None:
+    assert node.inputs[0] is not None
+    axes = tuple(range(2, len(low.shape(node.inputs[0]))))
+    reduce(low, node, "mean" if node.op_type == "GlobalAveragePool" else "max", axes)
+
+
+def lower_softmax(low: Lowering, node: ir.Node) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    assert x is not None
+    value = low.expr(x)
+    axis = low.flat.attributes(node).get("axis", -1) % len(low.shape(out))
+    log = node.op_type == "LogSoftmax"
+
+    def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
+        view = low.destination(last, None)
+        low.emit(Softmax, nodes, out=view, epilogue=expr, axis=axis, value=value, log=log)
+        low.exprs[last] = Load(view.dtype, view)
+
+    low.fused(node, Accumulator("FLOAT"), emit)
+
+
+def lower_normalization(low: Lowering, node: ir.Node) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    assert x is not None
+    if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        raise UnsupportedOperatorError(
+            f"{node.op_type} {site_of(node)!r}: its Mean and InvStdDev outputs have no lowered "
+            f"form; compute them with ReduceMean."
+        )
+    attributes = low.flat.attributes(node)
+    shape = low.shape(out)
+    axis = attributes.get("axis", -1) % len(shape)
+    epsilon = attributes.get("epsilon")
+    start: Expr = Accumulator("FLOAT")
+    for op, operand in zip(("mul", "add"), node.inputs[1:3], strict=False):
+        if operand is not None:
+            start = call(op, start, low.expr(operand, shape))
+    value, rms = low.expr(x), node.op_type == "RMSNormalization"
+
+    def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
+        view = low.destination(last, None)
+        low.emit(
+            Normalization, nodes, out=view, epilogue=expr, axis=axis, value=value,
+            epsilon=1e-5 if epsilon is None else epsilon, rms=rms,
+        )  # fmt: skip
+        low.exprs[last] = Load(view.dtype, view)
+
+    low.fused(node, start, emit)
+
+
+def lower_pool(low: Lowering, node: ir.Node) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    assert x is not None
+    attributes = low.flat.attributes(node)
+    shape = low.shape(out)
+    rank = len(shape) - 2
+    if rank not in (1, 2) or len([v for v in node.outputs if v.uses()]) > 1:
+        raise UnsupportedOperatorError(
+            f"{node.op_type} {site_of(node)!r}: only 1-D and 2-D pooling without indices has a "
+            f"lowered form."
+        )
+    kernel = tuple(attributes["kernel_shape"])
+    strides = tuple(attributes.get("strides") or (1,) * rank)
+    dilations = tuple(attributes.get("dilations") or (1,) * rank)
+    pads = window_pads(attributes, low.shape(x)[2:], kernel, strides, dilations)
+    operand = quantised(low.expr(x), None)
+    mean = node.op_type == "AveragePool"
+    quantization: Quantization | None = None
+    start: Expr
+    if operand is not None:
+        source, quantization = operand.view, operand.quantization
+        start = Accumulator("FLOAT" if mean else source.dtype)
+        if not mean:
+            start = replace_leaf(low.expr(x), start)
+    else:
+        source = low.view(x, node)
+        start = Accumulator("FLOAT" if mean else source.dtype)
+    if rank == 1:
+        source = source.reshape((*source.shape[:2], 1, source.shape[2])) or source
+        kernel, strides, dilations = (1, *kernel), (1, *strides), (1, *dilations)
+        pads = (0, pads[0], 0, pads[1])
+    wide = shape if rank == 2 else (*shape[:2], 1, shape[2])
+
+    def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
+        flows = rank == 2 and source.shape[1] > 1 and is_channels_last(source)
+        dense = low.destination(last, channels_last(shape) if flows else None)
+        view, epilogue = (dense, expr) if rank == 2 else (dense.reshape(wide), reshaped(expr, wide))
+        assert view is not None
+        assert epilogue is not None
+        low.emit(
+            Pooling, nodes, out=view, epilogue=epilogue, op="mean" if mean else "max",
+            source=source, kernel=kernel, strides=strides, pads=pads, dilations=dilations,
+            count_padding=bool(attributes.get("count_include_pad")),
+            quantization=quantization if mean else None,
+        )  # fmt: skip
+        low.exprs[last] = Load(dense.dtype, dense)
+
+    low.fused(node, start, emit)
+
+
+def replace_leaf(dequantize: Expr, leaf: Expr) -> Expr:
+    """A dequantisation with its integer replaced: maxima commute with it."""
+    from optcompiler.lowering.ir import Dequantize
+
+    assert isinstance(dequantize, Dequantize)
+    return replace(dequantize, arg=leaf)
+
+
+def lower_gather(low: Lowering, node: ir.Node) -> None:
+    data, indices, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    assert data is not None
+    assert indices is not None
+    shape = low.shape(data)
+    axis = low.flat.attributes(node).get("axis", 0) % len(shape)
+    known = low.array(indices)
+    if known is not None and known.ndim <= 1:
+        span = _arithmetic(known.reshape(-1) % shape[axis])
+        if span is not None:
+            start, count, step = span
+            expr = map_views(low.expr(data), lambda v: v.slice(axis, start, count, step))
+            final = reshaped(expr, low.shape(out)) if known.ndim == 0 else expr
+            if final is not None:
+                low.exprs[out] = final
+                return
+    constant = low.array(data)
+    source = (
+        low.constant(constant, data.name or "") if constant is not None else low.view(data, node)
+    )
+    where = low.constant(known) if known is not None else low.view(indices, node)
+
+    def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
+        view = low.destination(last, None)
+        low.emit(Gather, nodes, out=view, epilogue=expr, data=source, indices=where, axis=axis)
+        low.exprs[last] = Load(view.dtype, view)
+
+    low.fused(node, Accumulator(source.dtype), emit)
+
+
+def _arithmetic(indices: np.ndarray) -> tuple[int, int, int] | None:
+    """(start, count, step) of an arithmetic sequence, else None."""
+    if indices.size == 0:
+        return None
+    if indices.size == 1:
+        return int(indices[0]), 1, 1
+    steps = np.diff(indices)
+    if (steps != steps[0]).any() or steps[0] == 0:
+        return None
+    return int(indices[0]), indices.size, int(steps[0])
+
+
+def lower_cumsum(low: Lowering, node: ir.Node) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    assert x is not None
+    array = low.array(node.inputs[1])
+    if array is None:
+        raise not_constant(node, "axis")
+    axis = int(array.reshape(-1)[0]) % len(low.shape(out))
+    attributes, value = low.flat.attributes(node), low.expr(x)
+
+    def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
+        view = low.destination(last, None)
+        low.emit(
+            CumSum, nodes, out=view, epilogue=expr, axis=axis, value=value,
+            exclusive=bool(attributes.get("exclusive")), reverse=bool(attributes.get("reverse")),
+        )  # fmt: skip
+        low.exprs[last] = Load(view.dtype, view)
+
+    low.fused(node, Accumulator(value.dtype), emit)
+
+
+REDUCTIONS: Mapping[str, Rule] = {
+    **dict.fromkeys(REDUCE, lower_reduce),
+    "GlobalAveragePool": lower_global_pool, "GlobalMaxPool": lower_global_pool,
+    "Softmax": lower_softmax, "LogSoftmax": lower_softmax,
+    "LayerNormalization": lower_normalization, "RMSNormalization": lower_normalization,
+    "MaxPool": lower_pool, "AveragePool": lower_pool,
+    "Gather": lower_gather, "CumSum": lower_cumsum,
+}  # fmt: skip

@@ -1,0 +1,112 @@
+"""Pieces of emitted C: a step's function, the pointers it is called with, and text helpers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from optcompiler.lowering.ir import Buffer, View
+from optcompiler_cpu.expressions import Params, c_type
+
+
+@dataclass(eq=False)
+class Pointer:
+    """What a kernel is handed: a buffer, or numbers that go to the weights file."""
+
+    name: str
+    ctype: str
+    buffer: Buffer | None = None
+    data: np.ndarray | None = None
+    params: Params | None = None
+    written: bool = False
+
+
+@dataclass(eq=False)
+class KernelCode:
+    """The C function of one step.
+
+    `text` says `@` for the function's name, so that steps of equal text share one function.
+    `tiles` are the shared tiles it calls, (kind, vectors, rows). `scratch_bytes` is per thread.
+    `parallel` says whether the work is divided by `part` of `parts`.
+    """
+
+    text: str
+    pointers: list[Pointer]
+    parallel: bool = True
+    scratch_bytes: int = 0
+    tiles: frozenset[tuple[str, int, int]] = field(default_factory=frozenset[tuple[str, int, int]])
+
+
+class Pointers:
+    """Collects a kernel's pointers and names them in order of first use."""
+
+    def __init__(self) -> None:
+        self.items: list[Pointer] = []
+        self.params = Params()
+        self._buffers: dict[int, Pointer] = {}
+
+    def view(self, view: View, written: bool = False) -> str:
+        """The C variable that points at the view's buffer."""
+        known = self._buffers.get(view.buffer.index)
+        if known is None:
+            name = f"b{len(self._buffers)}"
+            known = Pointer(name, c_type(view.buffer.dtype), buffer=view.buffer)
+            self._buffers[view.buffer.index] = known
+            self.items.append(known)
+        known.written = known.written or written
+        return known.name
+
+    def data(self, name: str, array: np.ndarray, ctype: str) -> str:
+        self.items.append(Pointer(name, ctype, data=np.ascontiguousarray(array)))
+        return name
+
+    def finish(self) -> list[Pointer]:
+        """Every pointer; call it when nothing more will be printed."""
+        if self.params.values and all(p.params is None for p in self.items):
+            self.items.append(Pointer("p", "float", params=self.params))
+        return self.items
+
+    def declarations(self, lines: Sequence[str]) -> list[str]:
+        """Statements that name the entries of the pointer table `q` which `lines` mention."""
+        words = set(re.findall(r"\w+", "\n".join(lines)))
+        declared: list[str] = []
+        for i, pointer in enumerate(self.finish()):
+            if pointer.name in words:
+                kind = pointer.ctype if pointer.written else f"const {pointer.ctype}"
+                declared.append(f"{kind} *const {pointer.name} = ({kind} *)q[{i}];")
+        return declared
+
+
+def linear(names: Sequence[str], strides: Sequence[int], offset: int = 0) -> str:
+    """`names · strides + offset` as C, zero terms left out."""
+    terms = [
+        name if stride == 1 else f"{name} * {stride}L"
+        for name, stride in zip(names, strides, strict=True)
+        if stride
+    ]
+    if offset or not terms:
+        terms.append(f"{offset}L")
+    return " + ".join(terms)
+
+
+def indent(lines: Iterable[str], depth: int = 1) -> str:
+    return "\n".join("  " * depth + line for line in lines)
+
+
+def coordinates(index: str, dims: Sequence[int], names: Sequence[str]) -> list[str]:
+    """Statements that split a flat row index into coordinates of `dims`."""
+    lines = []
+    rest = index
+    for place, (size, name) in reversed(list(enumerate(zip(dims, names, strict=True)))):
+        if place == 0:
+            lines.append(f"const long {name} = {rest};")
+        elif size == 1:
+            lines.append(f"const long {name} = 0;")
+        else:
+            lines.append(f"const long {name} = {rest} % {size};")
+            lines.append(f"const long {name}_ = {rest} / {size};")
+            rest = f"{name}_"
+    return [*lines, *(f"(void){name};" for name in names)]

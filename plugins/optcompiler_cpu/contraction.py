@@ -1,0 +1,445 @@
+"""Matrix products and convolutions: packed weights, register tiles, epilogues.
+
+A contraction is rows of `a` against a packed panel of `b`. A row is a run of memory, or for a
+convolution one run per line of the kernel (implicit GEMM over channels-last images). A tile keeps
+`rows x vectors` accumulators in registers over the whole of K, starting from bias and zero-point
+terms; its epilogue reads them from a small buffer on the stack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from optcompiler.lowering.build import view_array
+from optcompiler.lowering.ir import Conv, MatMul, View, product
+from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
+from optcompiler_cpu.expressions import Place, VectorPrinter
+from optcompiler_cpu.isa import Isa
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns [`n`, `n + vectors * lanes`) of one panel; `a` and `w` are element offsets."""
+
+    n: int
+    stop: int
+    vectors: int
+    rows: int
+    tiles: int
+    a: int
+    w: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A contraction as the kernel sees it.
+
+    Row `m` splits into coordinates of `dims`; `a_strides` gives its address. K is `outer` x `inner`
+    runs of `length` elements, `outer_stride` and `inner_stride` apart.
+    """
+
+    dims: tuple[int, ...]
+    a: View
+    a_strides: tuple[int, ...]
+    outer: int
+    outer_stride: int
+    inner: int
+    inner_stride: int
+    length: int
+    n: int
+    groups: int
+    group_stride: int
+    integer: bool
+
+
+def column_blocks(n: int, isa: Isa) -> list[tuple[int, int]]:
+    """(first column, vectors) of panels of even width that cover `n` columns."""
+    vectors = -(-n // isa.lanes)
+    count = -(-vectors // isa.widest)
+    blocks: list[tuple[int, int]] = []
+    start = 0
+    for i in range(count):
+        width = vectors // count + (1 if i < vectors % count else 0)
+        blocks.append((start * isa.lanes, width))
+        start += width
+    return blocks
+
+
+def tile_rows(rows: int, vectors: int, isa: Isa) -> int:
+    """The tile height that divides `rows` most evenly."""
+    return -(-rows // -(-rows // isa.heights[vectors]))
+
+
+def pack(matrix: np.ndarray, blocks: list[tuple[int, int]], isa: Isa, integer: bool) -> np.ndarray:
+    """[K, N] as panels: float `[K][width]`, integer `[K / 4][width][4]`; zeros fill up."""
+    k, n = matrix.shape
+    step = 4 if integer else 1
+    parts: list[np.ndarray] = []
+    for start, vectors in blocks:
+        width = vectors * isa.lanes
+        panel = np.zeros((k, width), np.int8 if integer else np.float32)
+        stop = min(n, start + width)
+        panel[:, : stop - start] = matrix[:, start:stop]
+        parts.append(panel.reshape(k // step, step, width).swapaxes(1, 2).reshape(-1))
+    return np.concatenate(parts)
+
+
+def conv_shape(step: Conv) -> Shape:
+    """A convolution whose input already has its halo (`pads` zero)."""
+    n, c, _, _ = step.a.view.shape
+    _, oc, oh, ow = step.out.shape
+    _, group, kh, kw = step.b.view.shape
+    sn, sc, sh, sw = step.a.view.strides
+    integer = step.a.quantization is not None
+    merged = step.groups == 1 and step.dilations[1] == 1 and (sw == c or kw == 1)
+    return Shape(
+        dims=(n, oh, ow),
+        a=step.a.view,
+        a_strides=(sn, sh * step.strides[0], sw * step.strides[1]),
+        outer=kh,
+        outer_stride=sh * step.dilations[0],
+        inner=1 if merged else kw,
+        inner_stride=0 if merged else sw * step.dilations[1],
+        length=kw * group if merged else group,
+        n=oc // step.groups,
+        groups=step.groups,
+        group_stride=group * (sc or 1),
+        integer=integer,
+    )
+
+
+def conv_matrix(step: Conv, shape: Shape) -> list[np.ndarray]:
+    """Weights of each group as [outer * inner * padded length, N]."""
+    weights = view_array(step.b.view)
+    oc, group, kh, kw = weights.shape
+    result: list[np.ndarray] = []
+    for g in range(step.groups):
+        part = weights[g * shape.n : (g + 1) * shape.n].transpose(2, 3, 1, 0)
+        result.append(
+            _padded(part.reshape(shape.outer * shape.inner, shape.length, shape.n), shape)
+        )
+    return result
+
+
+def _padded(runs: np.ndarray, shape: Shape) -> np.ndarray:
+    if shape.integer and shape.length % 4:
+        extra = 4 - shape.length % 4
+        runs = np.pad(runs, ((0, 0), (0, extra), (0, 0)))
+    return runs.reshape(-1, runs.shape[-1])
+
+
+def matmul_shape(step: MatMul) -> Shape:
+    k = step.a.view.shape[-1]
+    return Shape(
+        dims=step.out.shape[:-1],
+        a=step.a.view,
+        a_strides=step.a.view.strides[:-1],
+        outer=1, outer_stride=0, inner=1, inner_stride=0,
+        length=k,
+        n=step.out.shape[-1],
+        groups=1,
+        group_stride=0,
+        integer=step.a.quantization is not None,
+    )  # fmt: skip
+
+
+def prepared(step: MatMul) -> bool:
+    """Whether the second operand is one constant matrix, packed ahead of time."""
+    view = step.b.view
+    still = all(s == 0 or n == 1 for n, s in zip(view.shape[:-2], view.strides[:-2], strict=True))
+    return view.buffer.array is not None and still
+
+
+def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
+    if isinstance(step, Conv):
+        shape = conv_shape(step)
+        matrices = conv_matrix(step, shape)
+    else:
+        shape = matmul_shape(step)
+        if not prepared(step):
+            return _dynamic(step, shape, isa)
+        array = view_array(step.b.view)
+        matrix = array.reshape(-1, *array.shape[-2:])[0]
+        matrices = [_padded(matrix[None], shape)]
+    pointers = Pointers()
+    a = pointers.view(shape.a)
+    rows = product(shape.dims)
+    blocks, panels, starts = _panels(matrices, shape, rows, isa)
+    integer = shape.integer
+    pointers.data("w", panels, "int8_t" if integer else "float")
+    pointers.data("init", _initial(step, matrices, blocks, isa), "int32_t" if integer else "float")
+    if integer:
+        pointers.data("scale", _scales(step, isa), "float")
+    total = sum(b.tiles for b in blocks)
+    epilogue, args = _epilogue(step, shape, pointers, isa)
+    kind = "u8" if integer else "f32"
+    table = ", ".join(
+        f"{{{b.n}, {b.stop}, {b.vectors}, {b.rows}, {b.tiles}, {i}, {b.a}, {b.w}}}"
+        for b, i in zip(blocks, starts, strict=True)
+    )
+    tiles = {(kind, b.vectors, r) for b in blocks for r in (b.rows, rows - (b.tiles - 1) * b.rows)}
+    body = [
+        f"static const struct oc_block blocks[] = {{{table}}};",
+        "(void)scratch;",
+        "int t = 0;",
+        f"const int first = (int)((long)part * {total} / parts);",
+        f"const int last = (int)((long)(part + 1) * {total} / parts);",
+        f"for (int b = 0; b < {len(blocks)}; ++b) {{",
+        "  const struct oc_block k = blocks[b];",
+        "  for (int i = 0; i < k.tiles; ++i, ++t) {",
+        "    if (t < first || t >= last) continue;",
+        f"    const int m = i * k.rows, rows = m + k.rows <= {rows} ? k.rows : {rows} - m;",
+        *(f"    {line}" for line in _tile_call(shape, a, "k.w + w", "init + k.init", tiles, args)),
+        "  }",
+        "}",
+    ]
+    body = [*pointers.declarations(body), *body]
+    text = f"{epilogue}\n{_header()} {{\n{indent(body)}\n}}\n"
+    return KernelCode(text, pointers.finish(), tiles=frozenset(tiles))
+
+
+def _header() -> str:
+    return "void @(int part, int parts, char *const *q, char *scratch)"
+
+
+def _tile_call(
+    shape: Shape, a: str, w: str, init: str, tiles: set[tuple[str, int, int]], args: list[str]
+) -> list[str]:
+    """Row addresses, the tile by its size, and the epilogue. `m`, `rows` and `k` are in scope."""
+    kind = "u8" if shape.integer else "f32"
+    ctype, item = ("int32_t", "uint8_t") if shape.integer else ("float", "float")
+    tallest = max(r for _, _, r in tiles)
+    room = max(v * r for _, v, r in tiles)
+    names = [f"i{d}" for d in range(len(shape.dims))]
+    length = -(-shape.length // 4) if shape.integer else shape.length
+    numbers = f"{shape.outer}, {shape.outer_stride}, {shape.inner}, {shape.inner_stride}, {length}"
+    lines = [
+        f"const {item} *at[{tallest}];",
+        *(f"long r{i}[{tallest}];" for i, _ in enumerate(args)),
+        f"{ctype} acc[{room} * VL] __attribute__((aligned(64)));",
+        "for (int r = 0; r < rows; ++r) {",
+        "  const long row = m + r;",
+        *(f"  {line}" for line in coordinates("row", shape.dims, names)),
+        f"  at[r] = {a} + {linear(names, shape.a_strides, shape.a.offset)} + k.a;",
+        *(f"  r{i}[r] = {text};" for i, text in enumerate(args)),
+        "}",
+        "switch (k.vectors * 32 + rows) {",
+        *(
+            f"  case {v * 32 + r}: tile_{kind}_{r}x{v}(at, {numbers}, {w}, {init}, acc); break;"
+            for _, v, r in sorted(tiles)
+        ),
+        "}",
+        f"@_store({', '.join(['rows', 'k.n', 'k.stop', 'k.vectors * VL', 'acc', 'q', *(f'r{i}' for i, _ in enumerate(args))])});",
+    ]
+    return lines
+
+
+def _panels(
+    matrices: list[np.ndarray], shape: Shape, rows: int, isa: Isa
+) -> tuple[list[Block], np.ndarray, list[int]]:
+    blocks: list[Block] = []
+    starts: list[int] = []
+    packed: list[np.ndarray] = []
+    at = column = 0
+    for group, matrix in enumerate(matrices):
+        columns = column_blocks(shape.n, isa)
+        packed.append(pack(matrix, columns, isa, shape.integer))
+        for n, vectors in columns:
+            height = tile_rows(rows, vectors, isa)
+            width = vectors * isa.lanes
+            first = group * shape.n + n
+            stop = group * shape.n + min(shape.n, n + width)
+            blocks.append(
+                Block(
+                    first, stop, vectors, height, -(-rows // height), group * shape.group_stride, at
+                )
+            )
+            starts.append(column)
+            at += matrix.shape[0] * width
+            column += width
+    return blocks, np.concatenate(packed), starts
+
+
+def _initial(
+    step: Conv | MatMul, matrices: list[np.ndarray], blocks: list[Block], isa: Isa
+) -> np.ndarray:
+    """Where the accumulators start, per packed column: bias, less zero point times column sum."""
+    integer = step.a.quantization is not None
+    per_group = len(blocks) // len(matrices)
+    parts: list[np.ndarray] = []
+    for i, block in enumerate(blocks):
+        part = np.zeros(block.vectors * isa.lanes, np.int64 if integer else np.float32)
+        width = block.stop - block.n
+        if step.bias is not None:
+            part[:width] = step.bias[block.n : block.stop]
+        if step.a.quantization is not None:
+            matrix = matrices[i // per_group]
+            start = blocks[i - i % per_group].n
+            sums = matrix.astype(np.int64).sum(axis=0)[block.n - start : block.stop - start]
+            part[:width] -= int(step.a.quantization.zero_point) * sums
+        parts.append(part)
+    return np.concatenate(parts).astype(np.int32 if integer else np.float32)
+
+
+def _scales(step: Conv | MatMul, isa: Isa) -> np.ndarray:
+    assert step.a.quantization is not None
+    assert step.b.quantization is not None
+    count = step.out.shape[1] if isinstance(step, Conv) else step.out.shape[-1]
+    scale = np.zeros(count + isa.lanes, np.float32)
+    scale[:count] = step.a.quantization.scale * step.b.quantization.scale
+    return scale
+
+
+def _epilogue(
+    step: Conv | MatMul, shape: Shape, pointers: Pointers, isa: Isa
+) -> tuple[str, list[str]]:
+    """The function that stores a tile, and the row offsets it wants, in C terms of the row."""
+    names = [f"i{d}" for d in range(len(shape.dims))]
+    args: list[str] = []
+
+    def row_part(view: View) -> tuple[tuple[int, ...], int]:
+        if isinstance(step, Conv):
+            return (view.strides[0], view.strides[2], view.strides[3]), view.strides[1]
+        return view.strides[:-1], view.strides[-1]
+
+    def place(view: View) -> Place:
+        strides, lane = row_part(view)
+        base = pointers.view(view)
+        moving = any(s and n > 1 for s, n in zip(strides, shape.dims, strict=True))
+        column = "j" if lane == 1 else f"(long)j * {lane}"
+        if not moving:
+            text = f"{base} + {view.offset}L" + (f" + {column}" if lane else "")
+            return Place(text, lane, 1 if lane else 0)
+        text = linear(names, strides, view.offset)
+        if text not in args:
+            args.append(text)
+        row = f"r{args.index(text)}[r]"
+        return Place(f"{base} + {row}" + (f" + {column}" if lane else ""), lane, 2)
+
+    pointers.view(step.out, written=True)
+    acc = "acc + (long)r * width + (j - n)"
+    integer = shape.integer
+    spelled = f"vf_mul(vi_float(vi_load({acc})), scales)" if integer else f"vf_load({acc})"
+    pieces: list[str] = []
+    columns = step.out.shape[1] if isinstance(step, Conv) else step.out.shape[-1]
+    ragged = any((b % isa.lanes) for b in (columns, shape.n))
+    for count in (None, "left") if ragged else (None,):
+        printer = VectorPrinter(pointers.params, place, spelled, count)
+        target = place(step.out)
+        printer.store(step.epilogue, target.pointer, target.stride)
+        once, column, row = printer.lines
+        if integer:
+            column.insert(0, "const vf scales = vf_load(scale + j);")
+        pieces += once if count is None else []
+        fresh = [line for line in once if line not in pieces]
+        head = "for (; j + VL <= stop; j += VL) {" if count is None else "if (j < stop) {"
+        lines = [*fresh, *column, "for (int r = 0; r < rows; ++r) {", *(f"  {x}" for x in row), "}"]
+        if count is not None:
+            lines.insert(0, "const int left = stop - j;")
+        pieces += [head, *(f"  {x}" for x in lines), "}"]
+    ctype = "int32_t" if integer else "float"
+    parameters = ", ".join(
+        ["int rows", "int n", "int stop", "int width", f"const {ctype} *acc", "char *const *q",
+         *(f"const long *r{i}" for i, _ in enumerate(args))]
+    )  # fmt: skip
+    body = [*pointers.declarations(pieces), "(void)width;", "int j = n;", *pieces]
+    return f"static void @_store({parameters}) {{\n{indent(body)}\n}}\n", args
+
+
+def _dynamic(step: MatMul, shape: Shape, isa: Isa) -> KernelCode:
+    """A product of two computed operands: each panel is packed into scratch before its tiles."""
+    pointers = Pointers()
+    a = pointers.view(shape.a)
+    *batch, m = shape.dims
+    units = product(tuple(batch))
+    k = shape.length
+    columns = column_blocks(shape.n, isa)
+    height = {v: tile_rows(m, v, isa) for _, v in columns}
+    blocks = [
+        Block(n, min(shape.n, n + v * isa.lanes), v, height[v], -(-m // height[v]), 0, 0)
+        for n, v in columns
+    ]
+    zeros = np.zeros(isa.widest * isa.lanes, np.float32)
+    if step.bias is not None:
+        zeros = np.zeros(columns[-1][0] + isa.widest * isa.lanes, np.float32)
+        zeros[: shape.n] = step.bias
+    pointers.data("init", zeros, "float")
+    b = pointers.view(step.b.view)
+    *b_batch, sk, sn = step.b.view.strides
+    tiles = {("f32", c.vectors, r) for c in blocks for r in (c.rows, m - (c.tiles - 1) * c.rows)}
+    epilogue, args = _epilogue(step, shape, pointers, isa)
+    table = ", ".join(
+        f"{{{c.n}, {c.stop}, {c.vectors}, {c.rows}, {c.tiles}, "
+        f"{c.n if step.bias is not None else 0}, 0, 0}}"
+        for c in blocks
+    )
+    names = [f"u{d}" for d in range(len(batch))]
+    where = linear(names, b_batch, step.b.view.offset)
+    total = units * len(blocks)
+    body = [
+        f"static const struct oc_block blocks[] = {{{table}}};",
+        "float *const panel = (float *)scratch;",
+        f"const int first = (int)((long)part * {total} / parts);",
+        f"const int last = (int)((long)(part + 1) * {total} / parts);",
+        "for (int t = first; t < last; ++t) {",
+        f"  const long unit = t / {len(blocks)};",
+        f"  const struct oc_block k = blocks[t % {len(blocks)}];",
+        *(f"  {line}" for line in coordinates("unit", batch, names)),
+        f"  pack_f32(panel, {b} + {where} + k.n * {sn}L, {k}, k.stop - k.n, k.vectors * VL, "
+        f"{sk}, {sn});",
+        "  for (int i = 0; i < k.tiles; ++i) {",
+        f"    const int inside = i * k.rows, rows = inside + k.rows <= {m} ? k.rows : {m} - inside;",
+        f"    const long m = unit * {m} + inside;",
+        *(f"    {line}" for line in _tile_call(shape, a, "panel", "init + k.init", tiles, args)),
+        "  }",
+        "}",
+    ]
+    body = [*pointers.declarations(body), *body]
+    text = f"{epilogue}\n{_header()} {{\n{indent(body)}\n}}\n"
+    scratch = k * isa.widest * isa.lanes * 4
+    return KernelCode(text, pointers.finish(), scratch_bytes=scratch, tiles=frozenset(tiles))
+
+
+def print_tile(kind: str, vectors: int, rows: int) -> str:
+    """A register tile: `rows x vectors` named accumulators over all of K."""
+    integer = kind == "u8"
+    item, weight, total, v = (
+        ("uint8_t", "int8_t", "int32_t", "vi") if integer else ("float", "float", "float", "vf")
+    )
+    cells = [(r, j) for r in range(rows) for j in range(vectors)]
+    scale = " * 4" if integer else ""
+    load = "vi_load((const int32_t *)(const void *)(w + {}))" if integer else "vf_load(w + {})"
+    step = 4 if integer else 1
+    lines = [f"const {item} *a{r} = at[{r}];" for r in range(rows)]
+    lines += [f"{v} c{r}_{j} = {v}_load(init + {j} * VL);" for r, j in cells]
+    inner = [f"const {v} w{j} = {load.format(f'{j} * VL{scale}')};" for j in range(vectors)]
+    for r in range(rows):
+        if integer:
+            inner.append(f"const int32_t x{r} = load32(a{r} + i);")
+            inner += [f"c{r}_{j} = vi_dot(c{r}_{j}, x{r}, w{j});" for j in range(vectors)]
+        else:
+            inner.append(f"const vf x{r} = vf_set(a{r}[i]);")
+            inner += [f"c{r}_{j} = vf_fma(x{r}, w{j}, c{r}_{j});" for j in range(vectors)]
+    lines += [
+        "for (long y = 0; y < outer; ++y)",
+        "  for (long x = 0; x < inner; ++x) {",
+        "    const long start = y * outer_stride + x * inner_stride;",
+        f"    for (long i = start; i < start + length * {step}; i += {step}) {{",
+        *(f"      {line}" for line in inner),
+        f"      w += {vectors} * VL{scale};",
+        "    }",
+        "  }",
+        *(f"{v}_store(acc + {r * vectors + j} * VL, c{r}_{j});" for r, j in cells),
+    ]
+    signature = (
+        f"{tile_name(kind, vectors, rows)}(const {item} *const *at, long outer, long outer_stride, "
+        f"long inner, long inner_stride, long length, const {weight} *w, const {total} *init, "
+        f"{total} *acc)"
+    )
+    return f"void {signature} {{\n{indent(lines)}\n}}\n"
+
+
+def tile_name(kind: str, vectors: int, rows: int) -> str:
+    return f"tile_{kind}_{rows}x{vectors}"

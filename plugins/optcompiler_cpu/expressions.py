@@ -1,0 +1,384 @@
+"""Expressions as C: a vector printer over `runtime/simd.h`, and a scalar one for every type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from optcompiler.errors import UnsupportedOperatorError
+from optcompiler.lowering.ir import (
+    Accumulator,
+    Call,
+    Const,
+    Dequantize,
+    Expr,
+    Index,
+    Load,
+    Quantize,
+    View,
+    walk,
+)
+
+C_TYPES = {
+    "FLOAT": "float", "DOUBLE": "double", "INT64": "int64_t", "INT32": "int32_t",
+    "INT16": "int16_t", "INT8": "int8_t", "UINT8": "uint8_t", "BOOL": "uint8_t",
+    "UINT16": "uint16_t", "UINT32": "uint32_t", "UINT64": "uint64_t",
+}  # fmt: skip
+LIMITS = {"UINT8": (0, 255), "INT8": (-128, 127), "INT16": (-32768, 32767), "UINT16": (0, 65535)}
+NARROW = frozenset({"UINT8", "INT8", "INT32"})
+FLOAT_OPS = frozenset({
+    "add", "sub", "mul", "div", "pow", "min", "max", "neg", "abs", "sign", "sqrt", "exp", "log",
+    "erf", "tanh", "sigmoid", "sin", "cos", "floor", "ceil", "round", "reciprocal", "isnan",
+    "isinf", "eq", "lt", "le", "gt", "ge", "where",
+})  # fmt: skip
+PLAIN = (0.0, 1.0, -1.0, 0.5, 2.0)
+"""Constants that stay in the code; others are parameters, so that like kernels share code."""
+
+
+def c_type(dtype: str) -> str:
+    try:
+        return C_TYPES[dtype]
+    except KeyError:
+        raise UnsupportedOperatorError(
+            f"target cpu has no C type for {dtype} tensors; cast them to FLOAT."
+        ) from None
+
+
+@dataclass
+class Params:
+    """Numbers a kernel reads from its parameter array `p`, instead of from its text."""
+
+    values: list[float] = field(default_factory=list[float])
+
+    def add(self, value: float) -> str:
+        if value not in self.values:
+            self.values.append(value)
+        return f"p[{self.values.index(value)}]"
+
+
+@dataclass
+class Place:
+    """Where a printed load reads: pointer expression, lane stride, and how often it changes.
+
+    `level` 0 is once a kernel, 1 once a column of vectors, 2 at every row.
+    """
+
+    pointer: str
+    stride: int
+    level: int
+
+
+def vectorisable(*exprs: Expr) -> bool:
+    """Whether the vector printer has a spelling for every sub-expression."""
+    seen: set[int] = set()
+    return all(_vector_node(e) for expr in exprs for e in walk(expr, seen))
+
+
+def _vector_node(expr: Expr) -> bool:
+    match expr:
+        case Load() | Const():
+            return expr.dtype in NARROW | {"FLOAT", "BOOL"}
+        case Accumulator():
+            return expr.dtype in {"FLOAT", "UINT8", "INT8", "INT32"}
+        case Quantize():
+            return expr.dtype in {"UINT8", "INT8"} and expr.arg.dtype == "FLOAT"
+        case Dequantize():
+            return expr.arg.dtype in NARROW
+        case Call(op="cast"):
+            return (expr.args[0].dtype in NARROW | {"BOOL"} and expr.dtype == "FLOAT") or (
+                expr.args[0].dtype == "FLOAT" and expr.dtype == "BOOL"
+            )
+        case Call(op="and" | "or" | "xor" | "not"):
+            return all(a.dtype == "BOOL" for a in expr.args)
+        case Call(op="min" | "max") if expr.dtype in NARROW:
+            return True
+        case Call(op="where"):
+            return expr.dtype == "FLOAT"
+        case Call():
+            return expr.op in FLOAT_OPS and all(a.dtype == "FLOAT" for a in expr.args)
+        case Index():
+            return False
+        case _:
+            return False
+
+
+class VectorPrinter:
+    """Prints an expression as statements, each at the outermost level where it is constant.
+
+    `place` locates a load, `accumulator` is the C expression (vf, or vi for integers) of the
+    accumulator. `count` is None for whole vectors, else the C expression of the lanes in use.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        place: Callable[[View], Place],
+        accumulator: str = "",
+        count: str | None = None,
+    ) -> None:
+        self.params = params
+        self.place = place
+        self.accumulator = accumulator
+        self.count = count
+        self.lines: tuple[list[str], list[str], list[str]] = ([], [], [])
+        self._memo: dict[int, tuple[str, int]] = {}
+        self._made = 0
+
+    def print(self, expr: Expr) -> str:
+        """The name of a variable (or a plain spelling) that holds the expression."""
+        return self._value(expr)[0]
+
+    def store(self, expr: Expr, pointer: str, stride: int) -> None:
+        """Append the store of `expr` (of the destination's type) to the innermost level."""
+        name = self.print(expr)
+        kind, to = kind_of(expr.dtype), {"FLOAT": "vf", "INT32": "vi", "BOOL": "vm"}
+        prefix = to.get(expr.dtype, "vi_to8")
+        count = self.count or "VL"
+        if stride != 1:
+            verb = f"{prefix}s" if prefix == "vi_to8" else f"{prefix}_stores"
+            self.lines[2].append(f"{verb}({pointer}, {name}, {stride}, {count});")
+        elif self.count is None and kind != "vm":
+            verb = prefix if prefix == "vi_to8" else f"{prefix}_store"
+            self.lines[2].append(f"{verb}({pointer}, {name});")
+        else:
+            verb = f"{prefix}n" if prefix == "vi_to8" else f"{prefix}_storen"
+            self.lines[2].append(f"{verb}({pointer}, {name}, {count});")
+
+    def _value(self, expr: Expr) -> tuple[str, int]:
+        known = self._memo.get(id(expr))
+        if known is None:
+            text, level = self._spell(expr)
+            name = f"t{self._made}"
+            self._made += 1
+            self.lines[level].append(f"const {kind_of(expr.dtype)} {name} = {text};")
+            known = self._memo[id(expr)] = (name, level)
+        return known
+
+    def _number(self, value: float) -> str:
+        value = float(value)
+        if value in PLAIN:
+            return f"{value}f"
+        return self.params.add(value)
+
+    def _spell(self, expr: Expr) -> tuple[str, int]:
+        match expr:
+            case Accumulator():
+                return self.accumulator, 2
+            case Const(dtype="FLOAT"):
+                return f"vf_set({self._number(expr.value)})", 0
+            case Const(dtype="BOOL"):
+                return f"vm_set({int(bool(expr.value))})", 0
+            case Const():
+                return f"vi_set({int(expr.value)})", 0
+            case Load():
+                return self._load(expr.view)
+            case Quantize():
+                return self._quantize(expr)
+            case Dequantize():
+                return self._dequantize(expr)
+            case Call():
+                return self._call(expr)
+            case _:
+                raise AssertionError(expr)
+
+    def _load(self, view: View) -> tuple[str, int]:
+        place = self.place(view)
+        dtype, pointer, count = view.dtype, place.pointer, self.count or "VL"
+        if place.stride == 0:
+            one = f"*({pointer})"
+            spelled = {"FLOAT": f"vf_set({one})", "BOOL": f"vm_set({one})"}
+            return spelled.get(dtype, f"vi_set({one})"), place.level
+        short = {"UINT8": "vi_u8", "INT8": "vi_s8"}.get(dtype)
+        prefix = {"FLOAT": "vf", "BOOL": "vm", "INT32": "vi"}.get(dtype, "")
+        if place.stride != 1:
+            verb = f"{short}s" if short else f"{prefix}_loads"
+            return f"{verb}({pointer}, {place.stride}, {count})", place.level
+        if self.count is None and dtype != "BOOL":
+            return f"{short or prefix + '_load'}({pointer})", place.level
+        verb = f"{short}n" if short else f"{prefix}_loadn"
+        return f"{verb}({pointer}, {count})", place.level
+
+    def _quantize(self, expr: Quantize) -> tuple[str, int]:
+        low, high = LIMITS[expr.dtype]
+        arg = expr.arg
+        zero_is_low = isinstance(expr.zero_point, Const) and expr.zero_point.value == low
+        if zero_is_low and isinstance(arg, Call) and arg.op == "max":
+            # a ReLU below the quantised range is the saturation itself
+            other = arg.args[1]
+            if isinstance(other, Const) and other.value == 0:
+                arg = arg.args[0]
+        x, level = self._value(arg)
+        if isinstance(expr.scale, Const):
+            text = f"vf_mul({x}, vf_set({self._number(1 / expr.scale.value)}))"
+        else:
+            scale, other_level = self._value(expr.scale)
+            level = max(level, other_level)
+            text = f"vf_div({x}, {scale})"
+        zero, zero_level = self._real(expr.zero_point)
+        if not (isinstance(expr.zero_point, Const) and expr.zero_point.value == 0):
+            text = f"vf_add(vf_round({text}), {zero})"
+            level = max(level, zero_level)
+        limits = f"vf_set({float(low)}f)), vf_set({float(high)}f)"
+        return f"vf_int(vf_min(vf_max({text}, {limits}))", level
+
+    def _dequantize(self, expr: Dequantize) -> tuple[str, int]:
+        q, level = self._value(expr.arg)
+        text = f"vi_float({q})"
+        if not (isinstance(expr.zero_point, Const) and expr.zero_point.value == 0):
+            zero, zero_level = self._real(expr.zero_point)
+            text, level = f"vf_sub({text}, {zero})", max(level, zero_level)
+        scale, scale_level = self._value(expr.scale)
+        return f"vf_mul({text}, {scale})", max(level, scale_level)
+
+    def _real(self, expr: Expr) -> tuple[str, int]:
+        """An integer operand as a vector of floats."""
+        if isinstance(expr, Const):
+            return f"vf_set({self._number(expr.value)})", 0
+        name, level = self._value(expr)
+        return f"vi_float({name})", level
+
+    def _call(self, expr: Call) -> tuple[str, int]:
+        values = [self._value(a) for a in expr.args]
+        names, level = [v[0] for v in values], max((v[1] for v in values), default=0)
+        source = expr.args[0].dtype
+        match expr.op:
+            case "cast":
+                if expr.dtype == "BOOL":
+                    return f"vm_not(vf_eq({names[0]}, vf_set(0.0f)))", level
+                verb = "vm_float" if source == "BOOL" else "vi_float"
+                return f"{verb}({names[0]})", level
+            case "gt" | "ge":
+                verb = "vf_lt" if expr.op == "gt" else "vf_le"
+                return f"{verb}({names[1]}, {names[0]})", level
+            case "and" | "or" | "xor" | "not":
+                return f"vm_{expr.op}({', '.join(names)})", level
+            case "min" | "max" if expr.dtype in NARROW:
+                return f"vi_{expr.op}({', '.join(names)})", level
+            case _:
+                return f"vf_{expr.op}({', '.join(names)})", level
+
+
+def kind_of(dtype: str) -> str:
+    return {"FLOAT": "vf", "BOOL": "vm"}.get(dtype, "vi")
+
+
+class ScalarPrinter:
+    """Prints an expression as C statements on single elements, in any type.
+
+    `element` spells a load as an lvalue, `index` an axis of the space.
+    """
+
+    def __init__(
+        self, element: Callable[[View], str], index: Callable[[int], str], accumulator: str = ""
+    ) -> None:
+        self.element = element
+        self.index = index
+        self.accumulator = accumulator
+        self.lines: list[str] = []
+        self._memo: dict[int, str] = {}
+
+    def print(self, expr: Expr) -> str:
+        known = self._memo.get(id(expr))
+        if known is None:
+            known = f"t{len(self._memo)}"
+            text = self._spell(expr)
+            known = f"t{len(self._memo)}"
+            self.lines.append(f"const {c_type(expr.dtype)} {known} = {text};")
+            self._memo[id(expr)] = known
+        return known
+
+    def _spell(self, expr: Expr) -> str:
+        match expr:
+            case Accumulator():
+                return self.accumulator
+            case Const():
+                return literal(expr)
+            case Load():
+                return self.element(expr.view)
+            case Index():
+                return self.index(expr.axis)
+            case Dequantize():
+                q, s, z = self.print(expr.arg), self.print(expr.scale), self.print(expr.zero_point)
+                return f"(float)((int64_t){q} - (int64_t){z}) * {s}"
+            case Quantize():
+                x, z = self.print(expr.arg), self.print(expr.zero_point)
+                if isinstance(expr.scale, Const):
+                    text = f"{x} * {(1 / expr.scale.value).hex()}f"
+                else:
+                    text = f"{x} / {self.print(expr.scale)}"
+                low, high = LIMITS[expr.dtype]
+                total = f"nearbyintf({text}) + (float){z}"
+                return f"({c_type(expr.dtype)})fminf(fmaxf({total}, {low}.0f), {high}.0f)"
+            case Call():
+                return self._call(expr)
+            case _:
+                raise AssertionError(expr)
+
+    def _call(self, expr: Call) -> str:
+        a = [self.print(arg) for arg in expr.args]
+        dtype = expr.args[-1].dtype
+        real = dtype in {"FLOAT", "DOUBLE"}
+        f = "f" if dtype == "FLOAT" else ""
+        infix = {
+            "add": "+", "sub": "-", "mul": "*", "eq": "==", "lt": "<", "le": "<=", "gt": ">",
+            "ge": ">=", "and": "&", "or": "|", "xor": "^",
+        }  # fmt: skip
+        if expr.op in infix:
+            return f"({c_type(expr.dtype)})({a[0]} {infix[expr.op]} {a[1]})"
+        match expr.op:
+            case "cast":
+                if expr.dtype == "BOOL":
+                    return f"{a[0]} != 0"
+                return f"({c_type(expr.dtype)}){a[0]}"
+            case "not":
+                return f"!{a[0]}"
+            case "where":
+                return f"{a[0]} ? {a[1]} : {a[2]}"
+            case "div":
+                return f"{a[0]} / {a[1]}" if real else f"{a[1]} == 0 ? 0 : {a[0]} / {a[1]}"
+            case "min" | "max":
+                sign = "<" if expr.op == "min" else ">"
+                return f"{a[0]} {sign} {a[1]} ? {a[0]} : {a[1]}"
+            case "mod" if not real:
+                return f"{a[1]} == 0 ? 0 : ({a[0]} % {a[1]} + {a[1]}) % {a[1]}"
+            case "mod":
+                return f"{a[0]} - floor{f}({a[0]} / {a[1]}) * {a[1]}"
+            case "fmod":
+                return f"fmod{f}({a[0]}, {a[1]})" if real else f"{a[1]} == 0 ? 0 : {a[0]} % {a[1]}"
+            case "neg":
+                return f"({c_type(dtype)})-{a[0]}"
+            case "abs":
+                return (
+                    f"fabs{f}({a[0]})"
+                    if real
+                    else f"({c_type(dtype)})({a[0]} < 0 ? -{a[0]} : {a[0]})"
+                )
+            case "sign":
+                return f"({c_type(dtype)})(({a[0]} > 0) - ({a[0]} < 0))"
+            case "reciprocal":
+                return f"1 / {a[0]}"
+            case "sigmoid":
+                return f"1 / (1 + exp{f}(-{a[0]}))"
+            case "round":
+                return f"nearbyint{f}({a[0]})"
+            case "isnan" | "isinf":
+                return f"{expr.op}({a[0]}) != 0" if real else "0"
+            case "pow" if not real:
+                return f"({c_type(dtype)})pow((double){a[0]}, (double){a[1]})"
+            case _:
+                return f"{expr.op}{f}({', '.join(a)})"
+
+
+def literal(expr: Const) -> str:
+    """A constant in C, exact."""
+    if expr.dtype in {"FLOAT", "DOUBLE"}:
+        value = float(expr.value)
+        if value != value:
+            return "NAN"
+        if value in (float("inf"), float("-inf")):
+            return "INFINITY" if value > 0 else "-INFINITY"
+        return value.hex() + ("f" if expr.dtype == "FLOAT" else "")
+    value = int(expr.value)
+    if value == -(1 << 63):
+        return "INT64_MIN"
+    return f"{value}" + ("LL" if expr.dtype == "INT64" else "U" if value > 0x7FFFFFFF else "")

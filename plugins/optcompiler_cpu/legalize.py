@@ -1,0 +1,204 @@
+"""What this backend changes in the lowered form before memory is planned.
+
+Convolution inputs get a halo (a border that holds the zero point) in memory, so that kernels have
+no border checks: their producers write inside it where they can. Signed activations become
+unsigned, as `vpdpbusd` wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from optcompiler.lowering.build import channels_last, map_views
+from optcompiler.lowering.ir import (
+    Buffer,
+    Call,
+    Const,
+    Conv,
+    Expr,
+    Load,
+    Loop,
+    Lowered,
+    MatMul,
+    Operand,
+    Quantization,
+    Step,
+    View,
+    product,
+    row_major,
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Halo(Step):
+    """Fills the border of `out`, [N, C, H, W] channels-last, with the epilogue's constant."""
+
+    pads: tuple[int, int, int, int]
+
+
+def legalize(lowered: Lowered) -> None:
+    """Rewrite `lowered.steps` in place."""
+    _unsigned(lowered)
+    _room_to_read(lowered)
+    _halos(lowered)
+
+
+def _unsigned(lowered: Lowered) -> None:
+    steps: list[Step] = []
+    copies: dict[int, Buffer] = {}
+    for step in lowered.steps:
+        if isinstance(step, (Conv, MatMul)) and step.a.view.dtype == "INT8":
+            source, quantization = step.a.view, step.a.quantization
+            assert quantization is not None
+            buffer = copies.get(source.buffer.index)
+            if buffer is None:
+                buffer = _buffer(lowered, "UINT8", source.buffer.elements)
+                copies[source.buffer.index] = buffer
+                flat = View(source.buffer, (buffer.elements,), (1,))
+                raised: Expr = Call("INT32", "cast", (Load("INT8", flat),))
+                raised = Call("INT32", "add", (raised, Const("INT32", 128)))
+                steps.append(
+                    Loop(name=f"{step.name}_unsigned", nodes=step.nodes,
+                         out=View(buffer, flat.shape, (1,)),
+                         epilogue=Call("UINT8", "cast", (raised,)))
+                )  # fmt: skip
+            zero = quantization.zero_point + np.int32(128)
+            operand = Operand(
+                replace(source, buffer=buffer), Quantization(quantization.scale, zero)
+            )
+            step = replace(step, a=operand)
+        steps.append(step)
+    lowered.steps = steps
+
+
+def _room_to_read(lowered: Lowered) -> None:
+    """Integer kernels read up to three bytes past a row: not from memory that is not ours."""
+    steps: list[Step] = []
+    for step in lowered.steps:
+        if (
+            isinstance(step, MatMul)
+            and step.a.quantization is not None
+            and step.a.view.buffer.kind != "temp"
+            and step.a.view.shape[-1] % 4
+        ):
+            steps.append(copy := _copy(lowered, step, row_major(step.a.view.shape)))
+            step = replace(step, a=replace(step.a, view=copy.out))
+        steps.append(step)
+    lowered.steps = steps
+
+
+def _copy(lowered: Lowered, step: Conv | MatMul, strides: tuple[int, ...]) -> Loop:
+    view = step.a.view
+    buffer = _buffer(lowered, view.dtype, product(view.shape))
+    out = View(buffer, view.shape, strides)
+    return Loop(
+        name=f"{step.name}_copy", nodes=step.nodes, out=out, epilogue=Load(view.dtype, view)
+    )
+
+
+def _buffer(lowered: Lowered, dtype: str, elements: int) -> Buffer:
+    made = Buffer(len(lowered.buffers), dtype, elements, "temp", "")
+    lowered.buffers.append(made)
+    return made
+
+
+def _halos(lowered: Lowered) -> None:
+    wanted: dict[int, list[Conv]] = {}
+    for step in lowered.steps:
+        if isinstance(step, Conv) and any(step.pads):
+            wanted.setdefault(step.a.view.buffer.index, []).append(step)
+    for index, convs in wanted.items():
+        buffer = lowered.buffers[index]
+        shape = convs[0].a.view.shape
+        fills = {_fill(c) for c in convs}
+        if len(fills) == 1 and _pictures(lowered, buffer, shape):
+            _grow(lowered, buffer, shape, convs, fills.pop())
+        else:
+            for conv in convs:
+                _copy_with_halo(lowered, conv)
+
+
+def _fill(conv: Conv) -> float:
+    return 0.0 if conv.a.quantization is None else float(conv.a.quantization.zero_point)
+
+
+def _pictures(lowered: Lowered, buffer: Buffer, shape: tuple[int, ...]) -> bool:
+    """Whether every view of the buffer is the one whole picture."""
+    dense = channels_last(shape)
+    return buffer.kind == "temp" and all(
+        view.shape == shape and view.strides == dense and view.offset == 0
+        for step in lowered.steps
+        for view in (step.out, *step.reads())
+        if view.buffer is buffer
+    )
+
+
+def _grow(
+    lowered: Lowered, buffer: Buffer, shape: tuple[int, ...], convs: list[Conv], fill: float
+) -> None:
+    n, c, h, w = shape
+    pads = tuple(max(conv.pads[i] for conv in convs) for i in range(4))
+    top, left, bottom, right = pads
+    full = (n, c, h + top + bottom, w + left + right)
+    padded = View(_buffer(lowered, buffer.dtype, product(full)), full, channels_last(full))
+    inside = padded.slice(2, top, h).slice(3, left, w)
+
+    def change(view: View) -> View:
+        return inside if view.buffer is buffer else view
+
+    first = next(i for i, s in enumerate(lowered.steps) if s.out.buffer is buffer)
+    steps: list[Step] = []
+    for i, step in enumerate(lowered.steps):
+        if i == first:
+            steps.append(_halo(f"{step.name}_halo", step.nodes, padded, pads, fill))
+        if step in convs:
+            assert isinstance(step, Conv)
+            t, l, b, r = step.pads
+            around = padded.slice(2, top - t, h + t + b).slice(3, left - l, w + l + r)
+            step = replace(step, pads=(0, 0, 0, 0), a=replace(step.a, view=around))
+        steps.append(change_views(step, change))
+    lowered.steps = steps
+
+
+def _halo(
+    name: str, nodes: tuple[str, ...], padded: View, pads: tuple[int, ...], fill: float
+) -> Halo:
+    value = Const(padded.dtype, fill if padded.dtype == "FLOAT" else int(fill))
+    top, left, bottom, right = pads
+    return Halo(name=name, nodes=nodes, out=padded, epilogue=value, pads=(top, left, bottom, right))
+
+
+def _copy_with_halo(lowered: Lowered, conv: Conv) -> None:
+    n, c, h, w = conv.a.view.shape
+    top, left, bottom, right = conv.pads
+    full = (n, c, h + top + bottom, w + left + right)
+    padded = View(_buffer(lowered, conv.a.view.dtype, product(full)), full, channels_last(full))
+    inside = padded.slice(2, top, h).slice(3, left, w)
+    place = lowered.steps.index(conv)
+    load = Load(conv.a.view.dtype, conv.a.view)
+    lowered.steps[place : place + 1] = [
+        _halo(f"{conv.name}_halo", conv.nodes, padded, conv.pads, _fill(conv)),
+        Loop(name=f"{conv.name}_pad", nodes=conv.nodes, out=inside, epilogue=load),
+        replace(conv, pads=(0, 0, 0, 0), a=replace(conv.a, view=padded)),
+    ]
+
+
+def change_views(step: Step, change: Callable[[View], View]) -> Step:
+    """The step with every view replaced."""
+    changes: dict[str, Any] = {
+        "out": change(step.out),
+        "epilogue": map_views(step.epilogue, change),
+    }
+    for name in ("value", "a", "b", "source", "data", "indices"):
+        part = getattr(step, name, None)
+        if isinstance(part, Expr):
+            changes[name] = map_views(part, change)
+        elif isinstance(part, Operand):
+            changes[name] = replace(part, view=change(part.view))
+        elif isinstance(part, View):
+            changes[name] = change(part)
+    return replace(step, **changes)

@@ -1,0 +1,205 @@
+"""Pointwise steps, gathering and running sums."""
+
+from __future__ import annotations
+
+from optcompiler.lowering.ir import Const, CumSum, Gather, Loop, View
+from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
+from optcompiler_cpu.expressions import ScalarPrinter, VectorPrinter, c_type, vectorisable
+from optcompiler_cpu.isa import Isa
+from optcompiler_cpu.legalize import Halo
+from optcompiler_cpu.nest import (
+    SERIAL_ELEMENTS,
+    Nest,
+    expression_views,
+    has_index,
+    nest_of,
+    outer_loops,
+    placer,
+    vector_loop,
+)
+
+HEADER = "void @(int part, int parts, char *const *q, char *scratch)"
+
+
+def function(pointers: Pointers, lines: list[str], parallel: bool, scratch: int = 0) -> KernelCode:
+    """A kernel of the given body."""
+    unused = "(void)part, (void)parts, (void)scratch;"
+    text = f"{HEADER} {{\n{indent([*pointers.declarations(lines), unused, *lines])}\n}}\n"
+    return KernelCode(text, pointers.finish(), parallel=parallel, scratch_bytes=scratch)
+
+
+def print_loop(step: Loop, isa: Isa) -> KernelCode:
+    views = [step.out, *expression_views(step.epilogue)]
+    parallel = step.out.elements >= SERIAL_ELEMENTS
+    if has_index(step.epilogue) or not vectorisable(step.epilogue):
+        return _scalar_loop(step, views, parallel)
+    nest = nest_of(step.out.shape, views, step.out)
+    lane = _lane(nest, views, isa)
+    pointers = Pointers()
+    pointers.view(step.out, written=True)
+    place = placer(pointers, nest, lane)
+
+    def emit(count: str | None) -> list[str]:
+        printer = VectorPrinter(pointers.params, place, "", count)
+        target = place(step.out)
+        printer.store(step.epilogue, target.pointer, target.stride)
+        return [line for level in printer.lines for line in level]
+
+    length = nest.sizes[lane]
+    if len(nest.sizes) == 1 and parallel:
+        chunks = -(-length // 64)
+        low, high = (
+            f"(long)part * {chunks} / parts * 64",
+            f"(long)(part + 1) * {chunks} / parts * 64",
+        )
+        lines = [f"const long stop = {high} < {length} ? {high} : {length};"]
+        lines += vector_loop(length, isa.lanes, emit, low, "stop")
+    else:
+        lines = outer_loops(nest, [lane], vector_loop(length, isa.lanes, emit), parallel)
+    return function(pointers, lines, parallel)
+
+
+def _lane(nest: Nest, views: list[View], isa: Isa) -> int:
+    """The loop to vectorise: the innermost, unless it is shorter than another that reads in order."""
+    last = len(nest.sizes) - 1
+    if nest.sizes[last] >= isa.lanes:
+        return last
+
+    def order(d: int) -> tuple[bool, int]:
+        near = sum(nest.strides(v)[d] == 1 for v in views)
+        return (nest.sizes[d] >= isa.lanes and near > 0, near)
+
+    best = max(range(last + 1), key=lambda d: (*order(d), d))
+    return best if order(best)[0] else last
+
+
+def _element(pointers: Pointers, nest: Nest, view: View, written: bool = False) -> str:
+    names = [f"i{d}" for d in range(len(nest.sizes))]
+    base = pointers.view(view, written)
+    return f"{base}[{linear(names, nest.strides(view), view.offset)}]"
+
+
+def _scalar_loop(step: Loop, views: list[View], parallel: bool) -> KernelCode:
+    nest = nest_of(step.out.shape, views, step.out, keep=has_index(step.epilogue))
+    pointers = Pointers()
+    target = _element(pointers, nest, step.out, written=True)
+    printer = scalar_printer(pointers, nest)
+    name = printer.print(step.epilogue)
+    lines = outer_loops(nest, [], [*printer.lines, f"{target} = {name};"], parallel)
+    return function(pointers, lines, parallel)
+
+
+def scalar_printer(pointers: Pointers, nest: Nest, accumulator: str = "") -> ScalarPrinter:
+    return ScalarPrinter(
+        lambda view: _element(pointers, nest, view), lambda axis: f"i{axis}", accumulator
+    )
+
+
+def print_gather(step: Gather, isa: Isa) -> KernelCode:
+    """One row of `data` per index; the trailing axes are the vectors."""
+    rank, axis = len(step.out.shape), step.axis
+    middle = len(step.indices.shape)
+    shape = step.out.shape
+    nest = nest_of(shape, [step.out], step.out, keep=True)
+    pointers = Pointers()
+    pointers.view(step.out, written=True)
+    data, indices = pointers.view(step.data), pointers.view(step.indices)
+    names = [f"i{d}" for d in range(rank)]
+    before, after = names[:axis], names[axis + middle :]
+    limit = step.data.shape[axis]
+    index = f"{indices}[{linear(names[axis : axis + middle], step.indices.strides, step.indices.offset)}]"
+    found = [f"long at = (long){index};", f"at = at < 0 ? at + {limit} : at;",
+             f"at = at < 0 ? 0 : at >= {limit} ? {limit - 1} : at;"]  # fmt: skip
+    tail = step.data.strides[axis + 1 :]
+    head = linear(before, step.data.strides[:axis], step.data.offset)
+    start = f"{data} + {head} + at * {step.data.strides[axis]}L"
+    parallel = step.out.elements >= SERIAL_ELEMENTS
+    simple = vectorisable(step.epilogue) and step.data.dtype == "FLOAT" and bool(after)
+    if not simple:
+        text = f"({start})[{linear(after, tail)}]"
+        printer = scalar_printer(pointers, nest, text)
+        name = printer.print(step.epilogue)
+        target = _element(pointers, nest, step.out, written=True)
+        body = [*found, *printer.lines, f"{target} = {name};"]
+        return function(pointers, outer_loops(nest, [], body, parallel), parallel)
+    lane = rank - 1
+    place = placer(pointers, nest, lane)
+    inner = linear([*after[:-1], "j"], tail)
+
+    def emit(count: str | None) -> list[str]:
+        lanes = count or "VL"
+        spelled = f"vf_loads({start} + {inner}, {tail[-1]}, {lanes})"
+        if tail[-1] == 1:
+            spelled = f"vf_loadn({start} + {inner}, {lanes})"
+        printer = VectorPrinter(pointers.params, place, spelled, count)
+        target = place(step.out)
+        printer.store(step.epilogue, target.pointer, target.stride)
+        return [line for level in printer.lines for line in level]
+
+    body = [*found, *vector_loop(shape[lane], isa.lanes, emit)]
+    return function(pointers, outer_loops(nest, [lane], body, parallel), parallel)
+
+
+def print_cumsum(step: CumSum, isa: Isa) -> KernelCode:
+    nest = nest_of(step.out.shape, [step.out], step.out, keep=True)
+    pointers = Pointers()
+    target = _element(pointers, nest, step.out, written=True)
+    value = scalar_printer(pointers, nest)
+    name = value.print(step.value)
+    after = scalar_printer(pointers, nest, "total")
+    size, axis = step.out.shape[step.axis], step.axis
+    result = after.print(step.epilogue)
+    add = [f"total += {name};"]
+    use = ["{", *(f"  {x}" for x in after.lines), f"  {target} = {result};", "}"]
+    body = [*value.lines, *(use + add if step.exclusive else add + use)]
+    position = f"{size - 1} - at" if step.reverse else "at"
+    lines = [
+        f"{c_type(step.value.dtype)} total = 0;",
+        f"for (long at = 0; at < {size}; ++at) {{",
+        f"  const long i{axis} = {position};",
+        *(f"  {x}" for x in body),
+        "}",
+    ]
+    return function(pointers, outer_loops(nest, [axis], lines, False), False)
+
+
+def print_halo(step: Halo, isa: Isa) -> KernelCode:
+    """Rows above and below in one run each, and the two sides of every row."""
+    n, c, h, w = step.out.shape
+    top, left, bottom, right = step.pads
+    pointers = Pointers()
+    out = pointers.view(step.out, written=True)
+    ctype = c_type(step.out.dtype)
+    assert isinstance(step.epilogue, Const)
+    params = pointers.params
+    value = f"({ctype}){params.add(float(step.epilogue.value))}"
+    row = w * c
+    runs = [
+        (f"{out} + i * {h * row}L", top * row),
+        (f"{out} + i * {h * row}L + {(h - bottom) * row}L", bottom * row),
+    ]
+    sides = [
+        (f"{out} + (i * {h} + y) * {row}L", left * c),
+        (f"{out} + (i * {h} + y) * {row}L + {(w - right) * c}L", right * c),
+    ]
+
+    def fill(at: str, count: int) -> list[str]:
+        if not count:
+            return []
+        return [
+            "{",
+            f"  {ctype} *o = {at};",
+            f"  for (long k = 0; k < {count}; ++k) o[k] = value;",
+            "}",
+        ]
+
+    lines = [
+        f"const {ctype} value = {value};",
+        f"for (long i = 0; i < {n}; ++i) {{",
+        *(f"  {x}" for run in runs for x in fill(*run)),
+        f"  for (long y = {top}; y < {h - bottom}; ++y) {{",
+        *(f"    {x}" for side in sides for x in fill(*side)),
+        "  }",
+        "}",
+    ]
+    return function(pointers, lines, False)

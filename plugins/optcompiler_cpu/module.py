@@ -1,0 +1,249 @@
+"""The files of an artifact: C sources, header and the weights beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from optcompiler.lowering.ir import (
+    Conv,
+    CumSum,
+    Gather,
+    Loop,
+    Lowered,
+    MatMul,
+    Normalization,
+    Pooling,
+    PortBuffer,
+    Reduction,
+    Softmax,
+    Step,
+)
+from optcompiler_cpu.code import KernelCode, Pointer
+from optcompiler_cpu.contraction import print_contraction, print_tile
+from optcompiler_cpu.depthwise import is_direct, print_depthwise
+from optcompiler_cpu.isa import Isa
+from optcompiler_cpu.legalize import Halo
+from optcompiler_cpu.loops import print_cumsum, print_gather, print_halo, print_loop
+from optcompiler_cpu.rows import (
+    print_normalization,
+    print_pooling,
+    print_reduction,
+    print_softmax,
+)
+
+ALIGNMENT = 64
+UNIT_BYTES = 40_000
+"""C text per translation unit, roughly."""
+
+
+def _contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
+    if isinstance(step, Conv) and is_direct(step):
+        return print_depthwise(step, isa)
+    return print_contraction(step, isa)
+
+
+PRINTERS: Mapping[type[Step], Callable[[Any, Isa], KernelCode]] = {
+    Loop: print_loop, Conv: _contraction, MatMul: _contraction, Gather: print_gather,
+    CumSum: print_cumsum, Halo: print_halo, Softmax: print_softmax,
+    Normalization: print_normalization, Reduction: print_reduction, Pooling: print_pooling,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Module:
+    """`sources` by file name, the `weights` file's bytes, and the steps' names in order."""
+
+    sources: Mapping[str, str]
+    weights: bytes
+    steps: tuple[str, ...]
+
+
+class Blob:
+    """The weights file: a header that identifies it, then aligned arrays, equal ones once."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = [bytes(ALIGNMENT)]
+        self.size = ALIGNMENT
+        self._known: dict[bytes, int] = {}
+
+    def add(self, array: np.ndarray) -> int:
+        data = np.ascontiguousarray(array).tobytes()
+        # vectors may read past the end of an array
+        data += bytes(ALIGNMENT + -len(data) % ALIGNMENT)
+        key = hashlib.sha256(data).digest()
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self.size
+            self.parts.append(data)
+            self.size += len(data)
+        return known
+
+    def finish(self) -> tuple[bytes, bytes]:
+        """(file contents, identification)."""
+        body = b"".join(self.parts[1:])
+        mark = b"OCWEIGHT" + hashlib.sha256(body).digest()[:24]
+        return mark.ljust(ALIGNMENT, b"\0") + body, mark
+
+
+def print_module(lowered: Lowered, isa: Isa) -> Module:
+    """Print every step; steps of equal text share a function."""
+    blob = Blob()
+    names: dict[str, str] = {}
+    tiles: set[tuple[str, int, int]] = set()
+    refs: list[str] = []
+    rows: list[str] = []
+    scratch = ALIGNMENT
+    ports = {p.buffer.index: i for i, p in enumerate((*lowered.inputs, *lowered.outputs))}
+    for step in lowered.steps:
+        code = PRINTERS[type(step)](step, isa)
+        name = names.setdefault(code.text, f"kernel_{len(names)}")
+        tiles |= code.tiles
+        scratch = max(scratch, code.scratch_bytes)
+        rows.append(f"{{{name}, {len(refs)}, {int(not code.parallel)}}}, /* {step.name} */")
+        refs += [_ref(p, blob, ports) for p in code.pointers]
+    weights, mark = blob.finish()
+    header = _kernels_header(names, tiles)
+    units = _units(names)
+    runtime = resources.files("optcompiler_cpu") / "runtime"
+    sources = {
+        "net.h": (runtime / "net.h").read_text(),
+        "simd.h": (runtime / "simd.h").read_text(),
+        "kernels.h": header,
+        "tiles.c": _tiles(tiles),
+    }
+    for i, unit in enumerate(units):
+        sources[f"kernels_{i}.c"] = '#include "kernels.h"\n\n' + "\n".join(unit)
+    arena = -(-(lowered.arena_bytes + 2 * ALIGNMENT) // ALIGNMENT) * ALIGNMENT
+    scratch = -(-(scratch + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
+    tables = "\n".join(
+        [
+            f"enum {{ STEPS = {len(rows)}, REFS = {max(len(refs), 1)}, INPUTS = {len(lowered.inputs)}, "
+            f"OUTPUTS = {len(lowered.outputs)} }};",
+            f"#define ARENA_SIZE {arena}UL",
+            f"#define SCRATCH {scratch}UL",
+            f"#define WEIGHTS_SIZE {len(weights)}L",
+            f"static const unsigned char weights_id[{len(mark)}] = {{{', '.join(map(str, mark))}}};",
+            f"static const struct ref refs[] = {{{', '.join(refs) or '{0, 0}'}}};",
+            "static const struct step steps[] = {",
+            *(f"  {row}" for row in rows),
+            "  {0, 0, 1},",
+            "};",
+            _string_list("step_names", [s.name for s in lowered.steps]),
+            _ports("input", lowered.inputs),
+            _ports("output", lowered.outputs),
+        ]
+    )
+    sources["net.c"] = (runtime / "net.c.in").read_text().replace("@TABLES@", tables)
+    return Module(sources, weights, tuple(s.name for s in lowered.steps))
+
+
+def _ref(pointer: Pointer, blob: Blob, ports: Mapping[int, int]) -> str:
+    if pointer.data is not None:
+        return f"{{WEIGHTS, {blob.add(pointer.data)}}}"
+    if pointer.params is not None:
+        values = np.array(pointer.params.values, np.float64).astype(np.float32)
+        return f"{{WEIGHTS, {blob.add(values)}}}"
+    buffer = pointer.buffer
+    assert buffer is not None
+    if buffer.kind == "constant":
+        assert buffer.array is not None
+        return f"{{WEIGHTS, {blob.add(buffer.array)}}}"
+    if buffer.kind == "temp":
+        return f"{{ARENA, {buffer.offset}}}"
+    return f"{{IO + {ports[buffer.index]}, 0}}"
+
+
+def _kernels_header(names: Mapping[str, str], tiles: set[tuple[str, int, int]]) -> str:
+    lines = [
+        "/* Kernels of this network; each computes its share `part` of `parts`. */",
+        "#ifndef OC_KERNELS_H",
+        "#define OC_KERNELS_H",
+        '#include "simd.h"',
+        "",
+        "struct oc_block { int n, stop, vectors, rows, tiles; long init, a, w; };",
+        "",
+    ]
+    for kind, vectors, rows in sorted(tiles):
+        text = print_tile(kind, vectors, rows)
+        lines.append(text[: text.index("{")].strip() + ";")
+    lines.append(
+        "void pack_f32(float *panel, const float *b, long depth, int columns, int width, long sk, "
+        "long sn);"
+    )
+    lines += [
+        f"void {n}(int part, int parts, char *const *q, char *scratch);" for n in names.values()
+    ]
+    return "\n".join([*lines, "#endif", ""])
+
+
+PACK = """void pack_f32(float *panel, const float *b, long depth, int columns, int width, long sk, long sn) {
+  for (long k = 0; k < depth; ++k) {
+    float *row = panel + k * width;
+    const float *from = b + k * sk;
+    int j = 0;
+    if (sn == 1)
+      for (; j + VL <= columns; j += VL) vf_store(row + j, vf_load(from + j));
+    for (; j < columns; ++j) row[j] = from[j * sn];
+    for (; j < width; ++j) row[j] = 0;
+  }
+}
+"""
+
+
+def _tiles(tiles: set[tuple[str, int, int]]) -> str:
+    parts = [print_tile(kind, vectors, rows) for kind, vectors, rows in sorted(tiles)]
+    return "\n".join(['#include "kernels.h"\n', *parts, PACK])
+
+
+def _units(names: Mapping[str, str]) -> list[list[str]]:
+    units: list[list[str]] = [[]]
+    size = 0
+    for text, name in names.items():
+        if size > UNIT_BYTES:
+            units.append([])
+            size = 0
+        units[-1].append(text.replace("@", name))
+        size += len(text)
+    return units
+
+
+def c_string(text: str) -> str:
+    """A C string literal of any text: every byte outside a safe set as an octal escape."""
+    safe = set(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_ .,:;/-+=()[]<>")
+    return '"' + "".join(
+        chr(b) if b in safe else f"\\{b:03o}" for b in text.encode("utf-8", "surrogatepass")
+    ) + '"'  # fmt: skip
+
+
+def _string_list(name: str, texts: Sequence[str]) -> str:
+    return f"static const char *const {name}[] = {{{', '.join(map(c_string, texts)) or '0'}}};"
+
+
+def _ports(kind: str, ports: Sequence[PortBuffer]) -> str:
+    lines: list[str] = []
+    rows: list[str] = []
+    for i, p in enumerate(ports):
+        dims = ", ".join(map(str, p.shape)) or "0"
+        lines.append(f"static const long {kind}_shape_{i}[] = {{{dims}}};")
+        rows.append(
+            f"{{{c_string(p.name)}, {c_string(p.dtype)}, {len(p.shape)}, {kind}_shape_{i}}}"
+        )
+    lines.append(f"static const oc_port {kind}_ports[] = {{{', '.join(rows) or '{0, 0, 0, 0}'}}};")
+    return "\n".join(lines)
+
+
+def describe(lowered: Lowered) -> dict[str, Any]:
+    """Ports as JSON, for the manifest."""
+
+    def rows(ports: Sequence[PortBuffer]) -> list[dict[str, Any]]:
+        return [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in ports]
+
+    result = {"inputs": rows(lowered.inputs), "outputs": rows(lowered.outputs)}
+    return json.loads(json.dumps(result))

@@ -1,0 +1,352 @@
+"""Reductions, softmax, normalisation and pooling."""
+
+from __future__ import annotations
+
+from optcompiler.errors import UnsupportedOperatorError
+from optcompiler.lowering.build import reshaped
+from optcompiler.lowering.ir import (
+    Normalization,
+    Pooling,
+    Reduction,
+    Softmax,
+    product,
+)
+from optcompiler_cpu.code import KernelCode, Pointers, linear
+from optcompiler_cpu.expressions import VectorPrinter, c_type, vectorisable
+from optcompiler_cpu.isa import Isa
+from optcompiler_cpu.loops import function, scalar_printer
+from optcompiler_cpu.nest import (
+    SERIAL_ELEMENTS,
+    Nest,
+    expression_views,
+    nest_of,
+    outer_loops,
+    placer,
+    vector_loop,
+)
+
+
+def _flat(printer: VectorPrinter) -> list[str]:
+    return [line for level in printer.lines for line in level]
+
+
+def _require_vectors(step: Softmax | Normalization | Reduction | Pooling) -> None:
+    if not vectorisable(*step.expressions()):
+        raise UnsupportedOperatorError(
+            f"target cpu: {step.nodes[0] if step.nodes else step.name!r} mixes types that its "
+            f"kernel cannot; cast its operands to FLOAT."
+        )
+
+
+def print_softmax(step: Softmax, isa: Isa) -> KernelCode:
+    _require_vectors(step)
+    shape = step.out.shape
+    nest = nest_of(shape, [step.out], step.out, keep=True)
+    lane, length = step.axis, shape[step.axis]
+    pointers = Pointers()
+    pointers.view(step.out, written=True)
+    place = placer(pointers, nest, lane)
+
+    def read(count: str | None) -> list[str]:
+        printer = VectorPrinter(pointers.params, place, "", count)
+        name = printer.print(step.value)
+        if count is None:
+            return [*_flat(printer), f"vf_store(v + j, {name});", f"top = vf_max(top, {name});"]
+        keep = f"vf_keep({name}, left, -INFINITY)"
+        return [*_flat(printer), f"const vf last = {keep};", "vf_store(v + j, last);",
+                "top = vf_max(top, last);"]  # fmt: skip
+
+    exponentials = [
+        f"for (long j = 0; j < {length}; j += VL) {{",
+        "  const vf e = vf_exp(vf_sub(vf_load(v + j), peak));",
+        *([] if step.log else ["  vf_store(v + j, e);"]),
+        "  total = vf_add(total, e);",
+        "}",
+    ]
+    spelled = (
+        "vf_sub(vf_sub(vf_load(v + j), peak), shift)"
+        if step.log
+        else "vf_mul(vf_load(v + j), norm)"
+    )
+
+    def write(count: str | None) -> list[str]:
+        printer = VectorPrinter(pointers.params, place, spelled, count)
+        target = place(step.out)
+        printer.store(step.epilogue, target.pointer, target.stride)
+        return _flat(printer)
+
+    after = "const vf shift = vf_set(logf(vf_sum(total)));" if step.log else (
+        "const vf norm = vf_set(1.0f / vf_sum(total));"
+    )  # fmt: skip
+    body = [
+        "float *const v = (float *)scratch;",
+        "vf top = vf_set(-INFINITY), total = vf_set(0.0f);",
+        *_scoped(vector_loop(length, isa.lanes, read)),
+        "const vf peak = vf_set(vf_hmax(top));",
+        *exponentials,
+        after,
+        *_scoped(vector_loop(length, isa.lanes, write)),
+    ]
+    parallel = step.out.elements * 4 >= SERIAL_ELEMENTS
+    lines = _rows(nest, [lane], body, parallel)
+    return function(pointers, lines, parallel, scratch=4 * (length + 2 * isa.lanes))
+
+
+def _rows(nest: Nest, skip: list[int], body: list[str], parallel: bool) -> list[str]:
+    """Loops over rows, the longest outer loop divided among threads."""
+    outer = [d for d in range(len(nest.sizes)) if d not in skip]
+    if not parallel or not outer:
+        return outer_loops(nest, skip, body, parallel)
+    widest = max(outer, key=lambda d: (nest.sizes[d], -d))
+    size = nest.sizes[widest]
+    inner = [
+        f"for (long i{widest} = (long)part * {size} / parts; "
+        f"i{widest} < (long)(part + 1) * {size} / parts; ++i{widest}) {{",
+        *(f"  {x}" for x in body),
+        "}",
+    ]
+    return outer_loops(nest, [*skip, widest], inner, False)
+
+
+def _scoped(lines: list[str]) -> list[str]:
+    return ["{", *(f"  {x}" for x in lines), "}"]
+
+
+def print_normalization(step: Normalization, isa: Isa) -> KernelCode:
+    _require_vectors(step)
+    shape = step.out.shape
+    length = product(shape[step.axis :])
+    flat = (*shape[: step.axis], length)
+    out, value = step.out.reshape(flat), reshaped(step.value, flat)
+    epilogue = reshaped(step.epilogue, flat)
+    if out is None or value is None or epilogue is None:
+        raise UnsupportedOperatorError(
+            f"target cpu: {step.nodes[0] if step.nodes else step.name!r} normalises axes that are "
+            f"not adjacent in memory; transpose before it."
+        )
+    nest = nest_of(flat, [out], out, keep=True)
+    lane = len(flat) - 1
+    pointers = Pointers()
+    pointers.view(out, written=True)
+    place = placer(pointers, nest, lane)
+
+    def read(count: str | None) -> list[str]:
+        printer = VectorPrinter(pointers.params, place, "", count)
+        name = printer.print(value)
+        if count is not None:
+            name = f"vf_keep({name}, left, 0.0f)"
+        return [*_flat(printer), f"const vf x = {name};", "vf_store(v + j, x);",
+                "total = vf_add(total, x);"]  # fmt: skip
+
+    def square(count: str | None) -> list[str]:
+        x = "vf_load(v + j)" if step.rms else "vf_sub(vf_load(v + j), mean)"
+        kept = x if count is None else f"vf_keep({x}, left, 0.0f)"
+        return [f"const vf x = {kept};", "squares = vf_fma(x, x, squares);"]
+
+    def write(count: str | None) -> list[str]:
+        x = "vf_load(v + j)" if step.rms else "vf_sub(vf_load(v + j), mean)"
+        printer = VectorPrinter(pointers.params, place, f"vf_mul({x}, norm)", count)
+        target = place(out)
+        printer.store(epilogue, target.pointer, target.stride)
+        return _flat(printer)
+
+    body = [
+        "float *const v = (float *)scratch;",
+        "vf total = vf_set(0.0f), squares = vf_set(0.0f);",
+        *_scoped(vector_loop(length, isa.lanes, read)),
+        *([] if step.rms else [f"const vf mean = vf_set(vf_sum(total) / {length}.0f);"]),
+        *_scoped(vector_loop(length, isa.lanes, square)),
+        f"const vf norm = vf_set(1.0f / sqrtf(vf_sum(squares) / {length}.0f + "
+        f"{pointers.params.add(step.epsilon)}));",
+        *_scoped(vector_loop(length, isa.lanes, write)),
+    ]
+    parallel = step.out.elements * 2 >= SERIAL_ELEMENTS
+    lines = _rows(nest, [lane], body, parallel)
+    return function(pointers, lines, parallel, scratch=4 * (length + 2 * isa.lanes))
+
+
+STARTS = {"sum": "0", "mean": "0", "sumsq": "0", "prod": "1", "max": "-INFINITY", "min": "INFINITY"}
+FOLDS = {
+    "sum": "vf_add(acc, {0})", "mean": "vf_add(acc, {0})", "sumsq": "vf_fma({0}, {0}, acc)",
+    "prod": "vf_mul(acc, {0})", "max": "vf_max(acc, {0})", "min": "vf_min(acc, {0})",
+}  # fmt: skip
+ACROSS = {
+    "sum": "vf_sum", "mean": "vf_sum", "sumsq": "vf_sum", "prod": "vf_hprod", "max": "vf_hmax",
+    "min": "vf_hmin",
+}  # fmt: skip
+
+
+def print_reduction(step: Reduction, isa: Isa) -> KernelCode:
+    parallel = product(step.space) >= SERIAL_ELEMENTS
+    if not vectorisable(*step.expressions()) or step.value.dtype != "FLOAT":
+        return _scalar_reduction(step)
+    views = expression_views(step.value)
+    rank = len(step.space)
+    near = [d for d in range(rank) if step.space[d] > 1 and any(v.strides[d] == 1 for v in views)]
+    kept = [d for d in near if d not in step.axes]
+    lane = kept[0] if kept else near[-1] if near else rank - 1
+    pointers = Pointers()
+    pointers.view(step.out, written=True)
+    full = Nest(tuple((d,) for d in range(rank)), step.space)
+    small = Nest(full.axes, step.out.shape)
+    count_all = product(tuple(step.space[a] for a in step.axes))
+    start = STARTS[step.op] if "INF" in STARTS[step.op] else f"{STARTS[step.op]}.0f"
+    place = placer(pointers, full, lane)
+    factor = f"vf_mul({{}}, vf_set({(1 / count_all).hex()}f))" if step.op == "mean" else "{}"
+
+    def fold(count: str | None) -> list[str]:
+        printer = VectorPrinter(pointers.params, place, "", count)
+        name = printer.print(step.value)
+        if count is not None and lane in step.axes:
+            name = f"vf_keep({name}, {count}, {start})"
+        return [*_flat(printer), f"const vf x = {name};", f"acc = {FOLDS[step.op].format('x')};"]
+
+    def finish(acc: str, count: str | None, at: int) -> list[str]:
+        where = placer(pointers, small, at, "j" if at == lane and lane not in step.axes else "0")
+        printer = VectorPrinter(pointers.params, where, factor.format(acc), count)
+        target = where(step.out)
+        printer.store(step.epilogue, target.pointer, target.stride or 1)
+        return _flat(printer)
+
+    reduced = [d for d in step.axes if d != lane]
+
+    def over_reduced(body: list[str]) -> list[str]:
+        return outer_loops(Nest(full.axes, step.space), [d for d in range(rank) if d not in reduced],
+                           body, False)  # fmt: skip
+
+    if lane not in step.axes:
+
+        def emit(count: str | None) -> list[str]:
+            return [
+                f"vf acc = vf_set({start});",
+                *over_reduced(fold(count)),
+                *finish("acc", count, lane),
+            ]
+
+        body = vector_loop(step.space[lane], isa.lanes, emit)
+    else:
+        body = [f"vf acc = vf_set({start});",
+                *over_reduced(vector_loop(step.space[lane], isa.lanes, fold)),
+                f"const float total = {ACROSS[step.op]}(acc);",
+                *(f"const long i{d} = 0; (void)i{d};" for d in reduced),
+                *finish("vf_set(total)", "1", lane)]  # fmt: skip
+    lines = _rows(full, [lane, *reduced], body, parallel)
+    if lane not in step.axes:
+        lines = [*(f"const long i{d} = 0; (void)i{d};" for d in reduced), *lines]
+    return function(pointers, lines, parallel)
+
+
+def _scalar_reduction(step: Reduction) -> KernelCode:
+    rank = len(step.space)
+    full = Nest(tuple((d,) for d in range(rank)), step.space)
+    pointers = Pointers()
+    target = f"{pointers.view(step.out, written=True)}"
+    names = [f"i{d}" for d in range(rank)]
+    kind = c_type(step.value.dtype)
+    value = scalar_printer(pointers, full)
+    name = value.print(step.value)
+    first = "first = 0" if step.op in {"max", "min"} else ""
+    update = {
+        "sum": f"acc += {name};", "mean": f"acc += {name};", "sumsq": f"acc += {name} * {name};",
+        "prod": f"acc *= {name};",
+        "max": f"if (first || {name} > acc) acc = {name}; {first};",
+        "min": f"if (first || {name} < acc) acc = {name}; {first};",
+    }[step.op]  # fmt: skip
+    small = Nest(full.axes, step.out.shape)
+    count = product(tuple(step.space[a] for a in step.axes))
+    accumulator = f"acc / {count}" if step.op == "mean" else "acc"
+    after = scalar_printer(pointers, small, accumulator)
+    result = after.print(step.epilogue)
+    where = linear(names, small.strides(step.out), step.out.offset)
+    inner = outer_loops(full, [d for d in range(rank) if d not in step.axes],
+                        [*value.lines, update], False)  # fmt: skip
+    body = [
+        f"{kind} acc = {1 if step.op == 'prod' else 0};",
+        *(["int first = 1;"] if first else []),
+        *inner,
+        *(f"const long i{d} = 0; (void)i{d};" for d in step.axes),
+        *after.lines,
+        f"{target}[{where}] = {result};",
+    ]
+    return function(pointers, outer_loops(full, list(step.axes), body, False), False)
+
+
+def print_pooling(step: Pooling, isa: Isa) -> KernelCode:
+    _require_vectors(step)
+    n, c, h, w = step.source.shape
+    _, _, oh, ow = step.out.shape
+    kh, kw = step.kernel
+    top, left, bottom, right = step.pads
+    pointers = Pointers()
+    pointers.view(step.out, written=True)
+    source = pointers.view(step.source)
+    nest = Nest(((0,), (1,), (2,), (3,)), (n, c, oh, ow))
+    place = placer(pointers, nest, 1)
+    sn, sc, sh, sw = step.source.strides
+    integer = step.source.dtype != "FLOAT"
+    mean = step.op == "mean"
+    kind, start = ("vi", "-255") if integer else ("vf", "-INFINITY")
+    if mean:
+        start = "0" if integer else "0.0f"
+    dy, dx = step.dilations
+
+    def emit(count: str | None) -> list[str]:
+        lanes = count or "VL"
+        short = {"UINT8": "vi_u8", "INT8": "vi_s8"}.get(step.source.dtype)
+        at = f"{source} + {linear(['i0', 'y', 'x', 'j'], (sn, sh, sw, sc), step.source.offset)}"
+        if sc == 1:
+            load = f"{short}n({at}, {lanes})" if short else f"vf_loadn({at}, {lanes})"
+            if count is None:
+                load = f"{short}({at})" if short else f"vf_load({at})"
+        else:
+            load = f"{short}s({at}, {sc}, {lanes})" if short else f"vf_loads({at}, {sc}, {lanes})"
+        verb = "add" if mean else "max"
+        acc = "acc"
+        if mean:
+            acc = "vi_float(acc)" if integer else "acc"
+            if step.quantization is not None:
+                zero = pointers.params.add(float(step.quantization.zero_point))
+                scale = pointers.params.add(float(step.quantization.scale))
+                acc = f"vf_mul(vf_sub({acc}, vf_set({zero} * (float)inside)), vf_set({scale}))"
+            acc = f"vf_mul({acc}, vf_set(1.0f / (float)count))"
+        printer = VectorPrinter(pointers.params, place, acc, count)
+        target = place(step.out)
+        printer.store(step.epilogue, target.pointer, target.stride)
+        return [
+            f"{kind} acc = {kind}_set({start});",
+            f"for (long y = y0; y < y1; y += {dy})",
+            f"  for (long x = x0; x < x1; x += {dx})",
+            f"    acc = {kind}_{verb}(acc, {load});",
+            *_flat(printer),
+        ]
+
+    def bounds(
+        name: str, out: str, stride: int, pad: int, extent: int, step_: int, size: int
+    ) -> list[str]:
+        first = f"{out} * {stride} - {pad}"
+        lines = [
+            f"long {name}0 = {first}, {name}1 = {name}0 + {(extent - 1) * step_ + 1};",
+        ]
+        if mean and step.count_padding:
+            after = bottom if name == "y" else right
+            lines.append(
+                f"const long {name}n = (({name}1 > {size + after} ? {size + after} : {name}1) - "
+                f"{name}0 + {step_ - 1}) / {step_};"
+            )
+        lines.append(f"while ({name}0 < 0) {name}0 += {step_};")
+        lines.append(f"if ({name}1 > {size}) {name}1 = {size};")
+        return lines
+
+    body = [
+        *bounds("y", "i2", step.strides[0], top, kh, dy, h),
+        *bounds("x", "i3", step.strides[1], left, kw, dx, w),
+    ]
+    if mean:
+        body.append(
+            f"const long inside = (y1 - y0 + {dy - 1}) / {dy} * ((x1 - x0 + {dx - 1}) / {dx});"
+        )
+        body.append(f"const long count = {'yn * xn' if step.count_padding else 'inside'};")
+        body.append("(void)inside;")
+    body += vector_loop(c, isa.lanes, emit)
+    parallel = step.out.elements * kh * kw >= SERIAL_ELEMENTS
+    return function(pointers, _rows(nest, [1], body, parallel), parallel)

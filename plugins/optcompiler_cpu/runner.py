@@ -1,0 +1,85 @@
+"""A compiled library in this process, called through ctypes without copies."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optcompiler.backend import Runner
+from optcompiler.errors import InputError
+
+NUMPY = {
+    "FLOAT": np.float32, "DOUBLE": np.float64, "INT64": np.int64, "INT32": np.int32,
+    "INT16": np.int16, "INT8": np.int8, "UINT8": np.uint8, "BOOL": np.bool_,
+    "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64,
+}  # fmt: skip
+
+
+class CpuRunner(Runner):
+    """One handle of the library. `ports` are the manifest's inputs and outputs."""
+
+    def __init__(
+        self, library: Path, weights: Path, ports: Mapping[str, Any], steps: Sequence[str],
+        threads: int,
+    ) -> None:  # fmt: skip
+        self._steps = tuple(steps)
+        self._inputs = [str(p["name"]) for p in ports["inputs"]]
+        self._outputs = [
+            (tuple(int(d) for d in p["shape"]), np.dtype(NUMPY[p["dtype"]]))
+            for p in ports["outputs"]
+        ]
+        try:
+            lib = ctypes.CDLL(str(library.resolve()))
+        except OSError as error:
+            raise InputError(
+                f"cannot load {library.name}: {error}; compile it again for this machine."
+            ) from error
+        lib.oc_create.restype = ctypes.c_void_p
+        lib.oc_create.argtypes = [ctypes.c_char_p]
+        lib.oc_set_threads.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        table = ctypes.POINTER(ctypes.c_void_p)
+        lib.oc_run.argtypes = [ctypes.c_void_p, table, table]
+        lib.oc_run_profiled.argtypes = [ctypes.c_void_p, table, table, ctypes.c_void_p]
+        lib.oc_destroy.argtypes = [ctypes.c_void_p]
+        self._lib = lib
+        self._net: int | None = lib.oc_create(str(weights.resolve()).encode())
+        if not self._net:
+            raise InputError(
+                f"{weights.name} is missing or belongs to another artifact; save the artifact again."
+            )
+        if lib.oc_set_threads(self._net, threads):
+            raise InputError(f"cannot start {threads} threads; give fewer.")
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        return self._call(inputs, None)
+
+    def kernel_times_us(self, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+        times = np.zeros(max(len(self._steps), 1), np.float64)
+        self._call(inputs, times)
+        return {name: float(t) for name, t in zip(self._steps, times, strict=False)}
+
+    def _call(self, inputs: Mapping[str, np.ndarray], times: np.ndarray | None) -> list[np.ndarray]:
+        if self._net is None:
+            raise InputError("this artifact was closed; load it again.")
+        arrays = [np.ascontiguousarray(inputs[name]) for name in self._inputs]
+        outputs = [np.empty(shape, dtype) for shape, dtype in self._outputs]
+        sources = (ctypes.c_void_p * max(len(arrays), 1))(*(a.ctypes.data for a in arrays))
+        targets = (ctypes.c_void_p * max(len(outputs), 1))(*(o.ctypes.data for o in outputs))
+        if times is None:
+            self._lib.oc_run(self._net, sources, targets)
+        else:
+            self._lib.oc_run_profiled(self._net, sources, targets, times.ctypes.data)
+        return outputs
+
+    def close(self) -> None:
+        if self._net is not None:
+            self._lib.oc_destroy(self._net)
+            self._net = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_net", None) is not None:
+            self.close()

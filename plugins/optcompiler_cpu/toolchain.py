@@ -1,0 +1,93 @@
+"""The C compiler: found by `CC`, run by argument list, several files at a time."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from optcompiler.errors import ToolchainError
+
+FLAGS = (
+    "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-Wall", "-Wextra", "-g0",
+)  # fmt: skip
+
+
+def compiler() -> list[str]:
+    """The compiler's command: `CC`, else cc or gcc. Raises `ToolchainError` when there is none."""
+    named = os.environ.get("CC")
+    if named:
+        command = shlex.split(named)
+        if command and shutil.which(command[0]):
+            return command
+        raise ToolchainError(
+            f"the C compiler CC={named!r} was not found; install it, or set CC to one that is."
+        )
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise ToolchainError(
+        "no C compiler (cc, gcc or clang) was found; install one, or set CC to its command."
+    )
+
+
+def compiler_version() -> str:
+    """The first line of `cc --version`."""
+    return _run([*compiler(), "--version"], Path.cwd()).splitlines()[0]
+
+
+def build(directory: Path, sources: Sequence[str], flags: Sequence[str], library: str) -> str:
+    """Compile and link `sources` of `directory` into `library` there; return the warnings.
+
+    The bytes depend on the sources, the flags and the compiler: commands name files relative to
+    `directory`, and objects carry no debug information.
+    """
+    command = compiler()
+    objects = [f"{Path(s).stem}.o" for s in sources]
+
+    def compile_one(pair: tuple[str, str]) -> str:
+        source, target = pair
+        return _run([*command, *FLAGS, *flags, "-c", source, "-o", target], directory)
+
+    workers = min(len(sources), os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        warnings = list(pool.map(compile_one, zip(sources, objects, strict=True)))
+    _run(
+        [*command, "-shared", "-o", library, *objects, "-Wl,--build-id=none", "-s", "-lm",
+         "-lpthread"],
+        directory,
+    )  # fmt: skip
+    for name in objects:
+        (directory / name).unlink()
+    return "".join(warnings)
+
+
+def _run(command: list[str], directory: Path) -> str:
+    try:
+        done = subprocess.run(
+            command,
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except OSError as error:
+        raise ToolchainError(
+            f"the C compiler {command[0]!r} did not start ({error.strerror}); set CC to one that does."
+        ) from error
+    output = done.stdout + done.stderr
+    if done.returncode:
+        lines = [line for line in output.splitlines() if line.strip()]
+        first = next((line for line in lines if "error" in line), lines[0] if lines else "")
+        raise ToolchainError(
+            f"{command[0]} failed with exit status {done.returncode}: {first[:300]}; "
+            f"check the compiler, or set CC to another."
+        )
+    return output
