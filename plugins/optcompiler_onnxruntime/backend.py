@@ -65,7 +65,10 @@ class OnnxRuntimeBackend(Backend):
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
         from optcompiler_onnxruntime.kernels import kernels_of
 
-        return kernels_of(program.inlined() if program.functions else program)
+        if program.functions:
+            program = program.inlined()
+            program.infer_shapes()
+        return kernels_of(program)
 
     def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
         self.capabilities(target)

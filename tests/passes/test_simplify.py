@@ -141,6 +141,19 @@ def test_many_small_growths_are_bounded_together():
     assert [policy(expand()) for _ in range(3)] == [True, False, False]
 
 
+def test_gather_elements_of_constants():
+    after = simplified("""
+agraph (float[1, 3] x) => (float[1, 3] y)
+<float[1, 4] table = {5, 6, 7, 8}, int64[1, 3] at = {2, -1, 0}> {
+  g = GatherElements <axis = 1> (table, at)
+  y = Mul (x, g)
+}
+""")
+    assert op_types(after) == ["Mul"]
+    [folded] = after.weights().values()
+    assert folded.numpy().tolist() == [[7, 8, 5]]
+
+
 def test_quantisation_of_a_weight_is_not_folded():
     body = """
 agraph (float[2, 2] x) => (float[2, 2] y)
