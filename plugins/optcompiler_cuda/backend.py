@@ -99,9 +99,10 @@ class CudaBackend(Backend):
 
         from optcompiler_cuda.runner import GpuRunner, InterpretedRunner
 
-        if torch.cuda.is_available():
+        wanted = os.environ.get("TRITON_INTERPRET") == "1"
+        if torch.cuda.is_available() and not wanted:
             return GpuRunner(directory)
-        if info.get("interpret") or os.environ.get("TRITON_INTERPRET") == "1":
+        if wanted or info.get("interpret"):
             return InterpretedRunner(directory, threads)
         raise ToolchainError(
             "torch sees no CUDA device to run this artifact on; run it on a machine with a GPU, or "

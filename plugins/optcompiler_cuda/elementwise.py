@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optcompiler.lowering.ir import Conv, Gather, Loop, Step, loads
-from optcompiler_cuda.operands import finished, integer, real, shifted
+from optcompiler_cuda.operands import finish_total, integer, real, shifted
 from optcompiler_cuda.scalars import Scalars
 from optcompiler_cuda.spaces import (
     Printed,
@@ -98,8 +98,6 @@ def print_depthwise(step: Conv) -> Printed:
         kernel.line(f"weight = {b}")
         kernel.line("total += pixel * weight")
     channels = step.out.shape[1]
-    total = finished(kernel, "total", step.a, step.b, step.bias, channel, channels)
-    if total != "total":
-        kernel.line(f"total = {total}")
+    finish_total(kernel, step.a, step.b, step.bias, channel, channels)
     _finish(kernel, step, axes, lane, "total")
     return Printed("depthwise", kernel, grid, warps(block))

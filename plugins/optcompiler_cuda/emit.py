@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +26,7 @@ from optcompiler.lowering.ir import (
 )
 from optcompiler_cuda.contractions import print_conv, print_matmul
 from optcompiler_cuda.elementwise import print_depthwise, print_gather, print_loop
+from optcompiler_cuda.helpers import helpers_for
 from optcompiler_cuda.rows import (
     print_cumsum,
     print_normalization,
@@ -34,7 +34,6 @@ from optcompiler_cuda.rows import (
     print_reduction,
     print_softmax,
 )
-from optcompiler_cuda.scalars import HELPERS
 from optcompiler_cuda.schedule import BufferEntry, Launch, Schedule, Specialisation
 from optcompiler_cuda.spaces import Printed
 from optcompiler_cuda.text import TORCH, Packed
@@ -174,17 +173,6 @@ class Emitter:
 
 def _natural(name: str) -> tuple[str, int]:
     return name[0], int(name[1:])
-
-
-def helpers_for(sources: list[str]) -> list[str]:
-    """The helper functions that the kernels call, in the order of `HELPERS`."""
-    text = "\n".join(sources)
-    return [
-        part.strip("\n") + "\n"
-        for part in HELPERS.split("\n\n\n")
-        for name in re.findall(r"^(?:def )?(\w+)(?:\(| =)", part, re.MULTILINE)[:1]
-        if re.search(rf"\b{name}\b", text) or (name == "NEAREST" and re.search(r"\b(nearest|quantize)\(", text))
-    ]
 
 
 def emit(lowered: Lowered) -> Emitted:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 FUSE_MULTIPLY_ADD = False
-"""Off, as in the program: rounding to int8 then falls where ONNX puts it. `tl.dot` keeps its own."""
+"""Off, as ONNX says: rounding to int8 falls in the same places. `tl.dot` keeps its own fusion."""
 
 
 class Executor:
@@ -85,7 +85,7 @@ class Executor:
         """The outputs, in graph order, in host memory of their own."""
         boolean = {b.name for b in self.schedule.buffers if b.boolean}
         arrays = {n: self.tensors[n].to("cpu", copy=True).numpy() for n in self.schedule.outputs}
-        return [arrays[n].view(np.bool_) if n in boolean else arrays[n] for n in self.schedule.outputs]
+        return [a.view(np.bool_) if n in boolean else a for n, a in arrays.items()]
 
 
 def _call(

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from optcompiler.lowering.ir import MatMul, Operand, loads
+from optcompiler.lowering.ir import Conv, MatMul, Operand, loads
 from optcompiler_cuda.contractions import Problem
 from optcompiler_cuda.elementwise import stored
-from optcompiler_cuda.operands import finished, real, shifted
+from optcompiler_cuda.operands import finish_total, real, shifted
 from optcompiler_cuda.scalars import FLOATS, TYPES, Scalars
 from optcompiler_cuda.spaces import Printed, indexed_axes, spread
 from optcompiler_cuda.text import Axis, KernelText, Lane, Packed, blocks, power_of_two
@@ -48,11 +48,7 @@ def choose_tile(m: int, n: int, k: int, products: int, exact: bool) -> Tile:
     Where no tile does, the smallest.
     """
     tiles = INTEGER_TILES if exact else FLOAT_TILES
-    fitting = [
-        t
-        for t in tiles
-        if (t.m == 16 or t.m < 2 * m) and (t.n == 16 or t.n < 2 * n)
-    ]
+    fitting = [t for t in tiles if (t.m == 16 or t.m < 2 * m) and (t.n == 16 or t.n < 2 * n)]
     full = [t for t in fitting if products * blocks(m, t.m) * blocks(n, t.n) >= PROCESSORS]
     tile = full[0] if full else fitting[-1]
     return replace(tile, k=max(min(SMALLEST_DEPTH, tile.k), min(tile.k, power_of_two(k))))
@@ -76,7 +72,9 @@ class ProductKernel:
         """[groups, K, N] floats or [groups, N, K] integers, padded by zeros to whole tiles."""
         groups, k, n = weights.shape
         tile = self.tile
-        packed = np.zeros((groups, blocks(k, tile.k) * tile.k, blocks(n, tile.n) * tile.n), weights.dtype)
+        packed = np.zeros(
+            (groups, blocks(k, tile.k) * tile.k, blocks(n, tile.n) * tile.n), weights.dtype
+        )
         packed[:, :k, :n] = weights
         return np.ascontiguousarray(packed.transpose(0, 2, 1)) if self.problem.exact else packed
 
@@ -148,22 +146,24 @@ class ProductKernel:
             base += f" + group * {kernel.number('B_GROUP', weights.shape[1] * weights.shape[2])}"
         return f"tl.load({base})"
 
-    def finish(self, total: str, bias: np.ndarray | None, lanes: list[Lane]) -> None:
-        """Print bias, scale, epilogue and the store."""
+    def finish(self, bias: np.ndarray | None, lanes: list[Lane]) -> None:
+        """Print bias, scale, epilogue and the store of `total`."""
         kernel, step = self.kernel, self.step
         channels = self.problem.n * self.problem.groups
-        result = finished(kernel, total, step.a, step.b, bias, self.channel, channels)
-        if result != total:
-            kernel.line(f"{total} = {result}")
+        finish_total(kernel, step.a, step.b, bias, self.channel, channels)
         axes = [self.axes[d] for d in range(len(self.out.shape))]
-        text = Scalars(kernel, axes, accumulator=total).print(step.epilogue)
+        text = Scalars(kernel, axes, accumulator="total").print(step.epilogue)
         kernel.store(self.out, axes, stored(text, step.epilogue.dtype), lanes)
         kernel.finish()
 
     def padding(self) -> str:
-        """What the left side holds where it is the real 0."""
+        """What the left side holds for a padded pixel, the real 0.
+
+        Outside a matrix anything will do: the right side is 0 there, or the product is masked.
+        """
         quantization = self.step.a.quantization
-        if quantization is None or not quantization.zero_point.any():
+        image = isinstance(self.step, Conv)
+        if not image or quantization is None or not quantization.zero_point.any():
             return "0"
         zero_point = self.kernel.real(float(quantization.zero_point))
         return f"{zero_point}.to({TYPES[self.step.a.view.dtype]})"
@@ -213,7 +213,7 @@ class MatrixKernel(ProductKernel):
                     right = f"tl.where({below.lane.mask}, {right}, 0.0)"
             kernel.line(f"right = {right}")
             kernel.line('total = tl.dot(left, right, total, input_precision="ieee")')
-        self.finish("total", step.bias, lanes)
+        self.finish(step.bias, lanes)
 
     def _below(self) -> Axis:
         """K along the first dimension; packed weights need no mask."""
@@ -242,11 +242,12 @@ class MatrixKernel(ProductKernel):
             bias = (0 if bias is None else bias.astype(np.int32)) - zero_a * sums
         row_sums, column_sums = bool(zero_b), bool(zero_a) and self.weights is None
         kernel.line(f"total = tl.zeros({self.shape}, tl.int32)")
+        rows, columns = kernel.number("BM", self.tile.m), kernel.number("BN", self.tile.n)
         if row_sums:
-            kernel.line(f"row_sums = tl.zeros(({kernel.number('BM', self.tile.m)}, 1), tl.int32)")
+            kernel.line(f"row_sums = tl.zeros(({rows}, 1), tl.int32)")
         if column_sums:
-            kernel.line(f"column_sums = tl.zeros((1, {kernel.number('BN', self.tile.n)}), tl.int32)")
-        # Outside the matrices a signed 0 adds nothing; a padded pixel is the real 0.
+            kernel.line(f"column_sums = tl.zeros((1, {columns}), tl.int32)")
+        # Beyond the end of K, row sums must see a signed 0.
         padding = "128" if unsigned_a and isinstance(step, MatMul) else self.padding()
         with kernel.block(self.loop()):
             k = self.depth("k", "None, :")
@@ -269,7 +270,7 @@ class MatrixKernel(ProductKernel):
             total += f" + {kernel.real(problem.k * zero_a * zero_b)}.to(tl.int32)"
         if total != "total":
             kernel.line(f"total = {total}")
-        self.finish("total", bias, lanes)
+        self.finish(bias, lanes)
 
 
 def signed(text: str) -> str:
@@ -314,5 +315,5 @@ class VectorKernel(ProductKernel):
                 product = f"tl.where({k.lane.mask}, {product}, 0)"
             kernel.line(f"total += {product}")
         kernel.line(f"total = tl.sum(total, axis=0)[None, :].to({TYPES[dtype]})")
-        self.finish("total", step.bias, [self.column])
+        self.finish(step.bias, [self.column])
         return Printed(f"{kind}_row", kernel, self.programs, self.tile.num_warps)

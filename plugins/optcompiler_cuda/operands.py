@@ -36,29 +36,27 @@ def real(kernel: KernelText, text: str, quantization: Quantization | None, chann
     return f"({moved} * {kernel.channel_constant('scales', quantization.scale, channel)})"
 
 
-def finished(
+def finish_total(
     kernel: KernelText,
-    total: str,
     a: Operand,
     b: Operand,
     bias: np.ndarray | None,
     channel: Axis,
     channels: int,
-) -> str:
-    """The accumulator of a contraction: `total` with its bias, scaled when it is an integer."""
+) -> None:
+    """Print the bias, and for a sum of integers the scale, into `total`."""
     if bias is not None:
-        total = f"{total} + {kernel.channel_constant('bias', bias, channel)}"
+        kernel.line(f"total = total + {kernel.channel_constant('bias', bias, channel)}")
     if a.quantization is None or b.quantization is None:
-        return total
-    if bias is not None:
-        total = f"({total})"
+        return
     scale = a.quantization.scale.astype(np.float32) * b.quantization.scale.astype(np.float32)
     per_channel = np.broadcast_to(scale, (channels,)).astype(np.float32)
-    return f"{total}.to(tl.float32) * {kernel.channel_constant('scale', per_channel, channel)}"
+    factor = kernel.channel_constant("scale", per_channel, channel)
+    kernel.line(f"total = total.to(tl.float32) * {factor}")
 
 
 def constant_array(view: View) -> np.ndarray | None:
-    """The elements of a view of a constant, [*shape], or None when the view is not of a constant."""
+    """The elements of a view of a constant, or None when its buffer is not one."""
     array = view.buffer.array
     if array is None:
         return None

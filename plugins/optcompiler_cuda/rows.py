@@ -149,7 +149,9 @@ def print_reduction(step: Reduction) -> Printed:
     return rows.printed("reduction")
 
 
-def _whole_rows(step: Step, value: Expr, inner: Sequence[int], widest: int) -> tuple[Rows, list[Axis]]:
+def _whole_rows(
+    step: Step, value: Expr, inner: Sequence[int], widest: int
+) -> tuple[Rows, list[Axis]]:
     """A kernel that holds whole rows over the axes `inner`; its tile's axes."""
     shape = step.out.shape
     count = product(tuple(shape[d] for d in inner))
@@ -245,7 +247,11 @@ def print_pooling(step: Pooling) -> Printed:
         value = kernel.load("a", step.source, source, guard=exists)
         if step.op == "mean":
             value = real(kernel, value, step.quantization, Axis("0"))
-            value = value if step.quantization or step.source.dtype == "FLOAT" else f"{value}.to(tl.float32)"
+            value = (
+                value
+                if step.quantization or step.source.dtype == "FLOAT"
+                else f"{value}.to(tl.float32)"
+            )
         value = f"tl.where({exists}, {value}, {start})" if exists else value
         kernel.line(
             f"total = tl.maximum(total, {value})" if step.op == "max" else f"total += {value}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ class GpuRunner(Runner):
             call()
             mark.record()
         torch.cuda.synchronize()
-        spans = [a.elapsed_time(b) * 1e3 for a, b in zip(marks[:-1], marks[1:], strict=True)]
+        spans = [a.elapsed_time(b) * 1e3 for a, b in pairwise(marks)]
         return {
             launch.name: span for (launch, _), span in zip(self.executor.calls, spans, strict=True)
         }

@@ -36,51 +36,6 @@ RANGES: Mapping[str, tuple[int, int]] = {
     "INT64": (-(1 << 63), (1 << 63) - 1), "BOOL": (0, 1),
 }  # fmt: skip
 
-HELPERS = '''\
-# Adding and subtracting 1.5 * 2**23 leaves the nearest integer, halves to even, below 2**22.
-NEAREST = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def nearest(x):
-    return tl.where(tl.abs(x) < 4194304.0, (x + NEAREST) - NEAREST, x)
-
-
-@triton.jit
-def nearest64(x):
-    low = tl.floor(x)
-    rest = x - low
-    odd = low - 2.0 * tl.floor(low * 0.5)
-    return tl.where((rest > 0.5) | ((rest == 0.5) & (odd == 1.0)), low + 1.0, low)
-
-
-@triton.jit
-def quantize(x, per_scale, zero_point, LOW: tl.constexpr, HIGH: tl.constexpr):
-    x = tl.minimum(tl.maximum(x * per_scale, LOW - zero_point), HIGH - zero_point)
-    return (x + NEAREST) - NEAREST + zero_point
-
-
-@triton.jit
-def power(x, y):
-    size = tl.exp2(y * tl.log2(tl.abs(x)))
-    whole = tl.floor(y) == y
-    odd = whole & (tl.floor(y * 0.5) * 2.0 != y)
-    signed = tl.where(odd, -size, tl.where(whole, size, float("nan")))
-    return tl.where(y == 0.0, 1.0, tl.where(x < 0.0, signed, size))
-
-
-@triton.jit
-def floor_mod(x, y):
-    rest = x % y
-    return tl.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
-
-
-@triton.jit
-def multiply(x, y):
-    return x * y
-'''
-"""Functions that kernels call; the file holds those that are needed."""
-
 SPELLINGS: Mapping[str, Callable[..., str]] = {
     "add": lambda x, y: f"({x} + {y})",
     "sub": lambda x, y: f"({x} - {y})",
@@ -217,12 +172,12 @@ class Scalars:
         low, high = RANGES[expr.dtype]
         value = self._tensor(expr.arg)
         if isinstance(expr.scale, Const):
-            per_scale = self.kernel.real(1.0 / expr.scale.value)
+            per_scale = self.kernel.real(1.0 / expr.scale.value, ("per", expr.scale))
         else:
             per_scale = f"(1.0 / {self._value(expr.scale)})"
         if isinstance(expr.zero_point, Const):
             shift = float(expr.zero_point.value)
-            zero_point = self.kernel.real(shift) if shift else "0.0"
+            zero_point = self.kernel.real(shift, expr.zero_point) if shift else "0.0"
         else:
             zero_point = f"{self._value(expr.zero_point)}.to(tl.float32)"
         if expr.dtype == "INT32":
@@ -238,9 +193,9 @@ class Scalars:
         if not isinstance(expr.zero_point, Const):
             value = f"({value} - {self._tensor(expr.zero_point)}.to(tl.float32))"
         elif expr.zero_point.value:
-            value = f"({value} - {self.kernel.real(float(expr.zero_point.value))})"
+            value = f"({value} - {self.kernel.real(float(expr.zero_point.value), expr.zero_point)})"
         if isinstance(expr.scale, Const):
-            return f"({value} * {self.kernel.real(float(expr.scale.value))})"
+            return f"({value} * {self.kernel.real(float(expr.scale.value), expr.scale)})"
         return f"({value} * {self._value(expr.scale)})"
 
 

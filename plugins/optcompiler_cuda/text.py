@@ -70,6 +70,7 @@ class KernelText:
     constexprs: dict[str, int] = field(default_factory=dict[str, int])
     lines: list[str] = field(default_factory=list[str])
     reals: list[float] = field(default_factory=list[float])
+    keys: dict[object, str] = field(default_factory=dict[object, str])
     depth: int = 1
     temporaries: int = 0
 
@@ -95,10 +96,18 @@ class KernelText:
             name += "_"
         return name
 
-    def real(self, value: float) -> str:
-        """A number read at run time, so that kernels differing in it alone compile once."""
+    def real(self, value: float, key: object = None) -> str:
+        """A number read at run time, so that kernels differing in it alone compile once.
+
+        The same `key` gives the same variable.
+        """
+        if key is not None and key in self.keys:
+            return self.keys[key]
         self.reals.append(value)
-        return f"r{len(self.reals) - 1}"
+        name = f"r{len(self.reals) - 1}"
+        if key is not None:
+            self.keys[key] = name
+        return name
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)

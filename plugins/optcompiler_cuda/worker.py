@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -74,13 +74,13 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return environment | changes
 
 
-def write_frame(stream: BinaryIO, status: bytes, payload: bytes) -> None:
+def write_frame(stream: IO[bytes], status: bytes, payload: bytes) -> None:
     stream.write(status + len(payload).to_bytes(8, "little"))
     stream.write(payload)
     stream.flush()
 
 
-def read_frame(stream: BinaryIO) -> tuple[bytes, bytes]:
+def read_frame(stream: IO[bytes]) -> tuple[bytes, bytes]:
     """Status and payload; raises `EOFError` when the other side has closed."""
     head = stream.read(9)
     if len(head) < 9:
