@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from optcompiler._version import __version__
 from optcompiler.errors import InputError
 from optcompiler.files import files_under, inside, number, plain, sha256_of, to_json, write_text
 from optcompiler.ledger import Ledger, Row
-from optcompiler.program import Port, Program, tensor_hash
+from optcompiler.program import Port, Program, port, tensor_hash
 from optcompiler.signature import Signature
 from optcompiler.summary import render
 from optcompiler.target import Target
@@ -37,7 +38,10 @@ FORMAT = "optcompiler-artifact"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CODE = "code"
-_SMALL_BYTES = 1024
+NODE_LINE = re.compile(r"^\s*\[(?P<name>.+?)\] (?=.* = )")
+"""A node in a program's text."""
+
+_SHOWN_ELEMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -139,18 +143,31 @@ def _code_hash(files: Mapping[str, Any]) -> str:
 
 
 def program_text(program: Program) -> str:
-    """ONNX text without the weights above 1 KiB, which follow as comments with their hashes."""
+    """ONNX text of the nodes and functions, a line each; types and weights are comments.
+
+    Weights of at most 16 elements are written out, others are named by their SHA-256.
+    """
     copy = program.clone()
-    left_out: list[str] = []
-    for name, tensor in sorted(program.weights().items()):
-        if tensor.nbytes > _SMALL_BYTES:
-            copy.graph.initializers.pop(name)
-            shape = ", ".join(map(str, tensor.shape))
-            left_out.append(f"#   {name!r}: {tensor.dtype}[{shape}] sha256 {tensor_hash(tensor)}\n")
-    text = ir.to_onnx_text(copy.model).rstrip("\n") + "\n"
-    if left_out:
-        text += f"# weights above {_SMALL_BYTES} bytes, left out of the text:\n" + "".join(left_out)
-    return text
+    copy.graph.initializers.clear()
+    types: dict[str, str] = {}
+    for node in copy.graph:
+        types[node.name or ""] = ", ".join(str(port(v)) for v in node.outputs if v.name)
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.type = value.shape = None
+    lines = ir.to_onnx_text(copy.model).rstrip("\n").splitlines()
+    for i, line in enumerate(lines):
+        if (match := NODE_LINE.match(line)) and (type_ := types.pop(match["name"], None)):
+            lines[i] = f"{line}  # {type_}"
+    weights = sorted(program.weights().items())
+    lines += ["# weights, which the text above leaves out:"] if weights else []
+    for name, tensor in weights:
+        content = f"sha256 {tensor_hash(tensor)}"
+        if tensor.size <= _SHOWN_ELEMENTS:
+            content = f"{{{', '.join(map(str, tensor.numpy().flat))}}}"
+        shape = ", ".join(map(str, tensor.shape))
+        lines.append(f"#   {json.dumps(name)}: {tensor.dtype}[{shape}] {content}")
+    return "\n".join(lines) + "\n"
 
 
 def is_artifact(directory: str | Path) -> bool:

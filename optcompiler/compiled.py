@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import weakref
@@ -182,7 +183,8 @@ class Compiled:
             copy = fresh / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inside(self.directory, name), copy)
-            shutil.copymode(self.directory / name, copy)
+            if os.access(self.directory / name, os.X_OK):
+                copy.chmod(copy.stat().st_mode | (copy.stat().st_mode & 0o444) >> 2)
 
     def close(self) -> None:
         """Release the loaded code and remove the directory when owned. May be called twice."""

@@ -36,7 +36,7 @@ def plain(value: Any) -> Any:
     """`value` in JSON's own types: numpy scalars, sets, tuples, enums, paths and dataclasses too.
 
     Infinities and NaN, which JSON has no spelling for, become the strings "inf", "-inf", "nan".
-    Raises `TypeError` for anything else.
+    Any other object is named by its class, a function by its own name, as "<module.name>".
     """
     if value is None or (isinstance(value, (bool, int, str)) and not isinstance(value, enum.Enum)):
         return value
@@ -57,7 +57,8 @@ def plain(value: Any) -> Any:
     tolist = getattr(value, "tolist", None)
     if tolist is not None:
         return plain(tolist())
-    raise TypeError(f"{type(value).__name__} {value!r} has no JSON form.")
+    named = cast("Any", value if hasattr(value, "__qualname__") else type(value))
+    return f"<{named.__module__}.{named.__qualname__}>"
 
 
 def to_json(value: Any) -> str:

@@ -292,7 +292,7 @@ def test_diff(net: Path, tmp_path: Path, model: Path):
     assert data["measurements"]["measured_us"] == [10.5, 21.0]
     assert not data["same_code"]
     text = run("diff", net, other).stdout
-    assert "  - [act] y = Relu (s)" in text
+    assert "  - [act] y = Relu (s)  # y: float[2, 3]" in text
     assert "  + [act] y = Sigmoid (s)" in text
     assert "10.5 -> 21 (0.50x)" in text
     assert "no difference" in run("diff", model, model).stdout

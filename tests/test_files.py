@@ -32,8 +32,12 @@ def test_json_is_sorted_plain_and_strict():
     }  # fmt: skip
     assert text.endswith("}\n")
     assert files.number("-inf") == -np.inf
-    with pytest.raises(TypeError, match="object"):
-        files.to_json({"x": object()})
+    named = files.plain([object(), Point, test_json_is_sorted_plain_and_strict])
+    assert named == [
+        "<builtins.object>",
+        f"<{__name__}.Point>",
+        f"<{__name__}.test_json_is_sorted_plain_and_strict>",
+    ]
 
 
 def test_write_text_replaces_or_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -83,12 +87,14 @@ def test_a_failure_while_filling_changes_nothing(tmp_path: Path):
     destination = tmp_path / "net"
     destination.mkdir()
     (destination / "old").write_text("old")
-    with (
-        pytest.raises(RuntimeError, match="in the middle"),
-        files.replacing_directory(destination, lambda d: None) as fresh,
-    ):
-        (fresh / "new").write_text("new")
-        raise RuntimeError("in the middle")
+
+    def fill() -> None:
+        with files.replacing_directory(destination, lambda d: None) as fresh:
+            (fresh / "new").write_text("new")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fill()
     assert [p.name for p in tmp_path.iterdir()] == ["net"]
     assert [p.name for p in destination.iterdir()] == ["old"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from optcompiler.ledger import Ledger
     from optcompiler.plugins import Registry
 
-_NODE = re.compile(r"^\s*\[(?P<name>[^\]]+)\]\s")
-_WEIGHT = re.compile(r"^#   '(?P<name>.*)': (?P<rest>.*)$")
+_WEIGHT = re.compile(r"^#   (?P<name>\".*\"): (?P<rest>.*)$")
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ def diff(a: str, b: str, as_json: bool, registry: Callable[[], Registry]) -> Non
 
 def node_lines(text: str) -> dict[str, str]:
     """Lines of a program's text by the name of the node that each is."""
-    found = ((_NODE.match(line), line.strip()) for line in text.splitlines())
-    return {match["name"].strip('"'): line for match, line in found if match}
+    from optcompiler.artifact import NODE_LINE
+
+    found = ((NODE_LINE.match(line), line.strip()) for line in text.splitlines())
+    return {match["name"]: line for match, line in found if match}
 
 
 def _weights(text: str) -> dict[str, str]:
     found = map(_WEIGHT.match, text.splitlines())
-    return {match["name"]: match["rest"] for match in found if match}
+    return {json.loads(match["name"]): match["rest"] for match in found if match}
 
 
 def _side(path: str) -> Side:

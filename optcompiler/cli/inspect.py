@@ -78,6 +78,7 @@ def _table(facts: Mapping[str, Any]) -> Iterable[RenderableType]:
         "weight_bytes": size_text,
         "size_bytes": size_text,
         "files": lambda v: _lines({k: size_text(size) for k, size in v.items()}),
+        "options": _options,
     }
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, value in facts.items():
@@ -85,6 +86,17 @@ def _table(facts: Mapping[str, Any]) -> Iterable[RenderableType]:
         if text:
             table.add_row(cell(key.replace("_", " ")), cell(text))
     yield table
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    from optcompiler.summary import budget_text
+
+    known = {k: v for k, v in options.items() if k not in ("budget", "passes")}
+    lines = [_lines(known), f"budget: {budget_text(options.get('budget'))}"]
+    for item in options.get("passes") or ():
+        settings = ", ".join(f"{k}={v}" for k, v in item["options"].items())
+        lines.append(f"pass {item['name']}({settings}) from {item['owner']}")
+    return "\n".join(lines)
 
 
 def _lines(value: Any) -> str:
