@@ -212,7 +212,9 @@ class Builder:
             inside[node.outputs[0]] = self._readers(node.outputs[0])
             done = set(taken)
             loose = [v for v, readers in inside.items() if v in self.outputs or not readers <= done]
-            if loose in ([], [node.outputs[0]]):
+            # Integers go to memory: whoever reads them dequantises, or computes in integers.
+            widens = node.op_type == "DequantizeLinear" and node.outputs[0] not in self.outputs
+            if loose in ([], [node.outputs[0]]) and not widens:
                 best = (list(taken), node.outputs[0])
             if node.outputs[0] in self.outputs:
                 break
