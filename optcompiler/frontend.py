@@ -12,7 +12,7 @@ from typing import Any, cast
 import onnx
 import onnx_ir as ir
 
-from optcompiler.errors import InputError
+from optcompiler.errors import InputError, VerificationError
 from optcompiler.importing import infer_outputs, program_from_onnx
 from optcompiler.program import Program, shape_of
 from optcompiler.signature import Signature, is_torch
@@ -37,28 +37,36 @@ def import_model(model: Any, example_inputs: Any = None, *, dynamic: Dynamic = N
     them, and an ONNX model with symbolic dimensions gets the sizes of the examples.
 
     `dynamic` keeps dimensions symbolic: `{"x": {0: "batch"}}` by input and dimension, or "batch"
-    for dimension 0 of every input. Everything else becomes static where examples are given.
+    for dimension 0 of every input. Everything else becomes static where examples are given; a
+    model that was traced or exported before has no more symbolic dimensions than it came with.
+
+    Weights share the memory of a torch module: training it further changes the program too.
 
     Raises `InputError` for a model that cannot be read or traced, examples that do not fit it and
     NaN weights; `UnsupportedOperatorError` for an operator that has no ONNX form.
     """
-    if isinstance(model, Program):
-        return _from_program(model, example_inputs, dynamic)
-    if isinstance(model, (onnx.ModelProto, ir.Model)):
-        return _from_program(program_from_onnx(model), example_inputs, dynamic)
     if isinstance(model, (str, os.PathLike)):
         path = Path(cast("str | os.PathLike[str]", model))
-        if path.suffix != ".pt2":
-            return _from_program(program_from_onnx(path), example_inputs, dynamic)
-        from optcompiler.frontend_torch import load_exported, program_from_exported
+        if path.suffix == ".pt2":
+            from optcompiler.frontend_torch import load_exported
 
-        return Imported(*program_from_exported(load_exported(path), dynamic=dynamic))
+            model = load_exported(path)
+        else:
+            model = program_from_onnx(path)
+    if isinstance(model, (onnx.ModelProto, ir.Model)):
+        model = program_from_onnx(model)
+    if isinstance(model, Program):
+        return _sized(Imported(model, Signature.of_program(model)), example_inputs, dynamic)
     if "torch" in sys.modules:
+        import torch
+
         from optcompiler import frontend_torch
 
-        found = frontend_torch.program_from_torch(model, example_inputs, dynamic)
-        if found is not None:
-            return Imported(*found)
+        if isinstance(model, torch.export.ExportedProgram):
+            imported = Imported(*frontend_torch.program_from_exported(model))
+            return _sized(imported, example_inputs, dynamic)
+        if isinstance(model, torch.nn.Module):
+            return Imported(*frontend_torch.program_from_module(model, example_inputs, dynamic))
     raise InputError(
         f"a {type(model).__name__} is not a model; give an nn.Module, an ExportedProgram, "
         f"the path of a .pt2 or .onnx file, an onnx.ModelProto or an onnx_ir.Model."
@@ -78,11 +86,12 @@ def split_examples(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     return tuple(cast(Sequence[Any], example_inputs)), {}
 
 
-def _from_program(program: Program, example_inputs: Any, dynamic: Dynamic) -> Imported:
-    signature = Signature.of_program(program)
+def _sized(imported: Imported, example_inputs: Any, dynamic: Dynamic) -> Imported:
+    """Fix the symbolic dimensions that `dynamic` does not keep to the sizes of the examples."""
+    program, signature = imported.program, imported.signature
     kept = _kept(signature, dynamic)
     if example_inputs is None:
-        return Imported(program, signature)
+        return imported
     args, kwargs = split_examples(example_inputs)
     arrays = signature.bind(args, kwargs)
     sizes = {
@@ -91,9 +100,15 @@ def _from_program(program: Program, example_inputs: Any, dynamic: Dynamic) -> Im
         for axis, dim in enumerate(p.shape)
         if not isinstance(dim, int) and (p.name, axis) not in kept
     }
-    if sizes:
+    if not sizes:
+        return imported
+    try:
         program = fix_dimensions(program, sizes)
-    return Imported(program, Signature.of_program(program))
+    except VerificationError as error:
+        raise InputError(
+            f"the model is not valid at the sizes of the example inputs ({error}); give others."
+        ) from error
+    return Imported(program, signature.with_ports(program))
 
 
 def _kept(signature: Signature, dynamic: Dynamic) -> set[tuple[str, int]]:

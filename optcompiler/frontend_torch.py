@@ -34,25 +34,23 @@ _POSITIONAL = (
 )
 
 
-def program_from_torch(
-    model: Any, example_inputs: Any, dynamic: Dynamic
-) -> tuple[Program, Signature] | None:
-    """Import an nn.Module, GraphModule or ExportedProgram; None when `model` is none of them."""
-    if isinstance(model, ExportedProgram):
-        return program_from_exported(model, dynamic=dynamic)
+def program_from_module(
+    model: torch.nn.Module, example_inputs: Any, dynamic: Dynamic
+) -> tuple[Program, Signature]:
+    """Trace an nn.Module or GraphModule in eval mode and convert it; see `import_model`."""
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
             f"{type(model).__name__}: a TorchScript module cannot be traced; "
             f"give the nn.Module it was made from."
         )
-    if not isinstance(model, torch.nn.Module):
-        return None
+    # torch.compile wraps a module; its own is what is traced
+    model = getattr(model, "_orig_mod", model)
     if example_inputs is None:
         raise InputError(
             f"{type(model).__name__}: tracing a module needs example inputs; "
             f"give a tuple of tensors, or a dict by argument name."
         )
-    args, kwargs = split_examples(pytree.tree_map(_tensor, example_inputs))
+    args, kwargs = split_examples(_distinct_tensors(example_inputs))
     forward = inspect.signature(model.forward)
     try:
         forward.bind(*args, **kwargs)
@@ -92,7 +90,6 @@ def load_exported(path: Path) -> ExportedProgram:
 def program_from_exported(
     exported: ExportedProgram,
     *,
-    dynamic: Dynamic = None,
     forward: inspect.Signature | None = None,
     symbols: Sequence[dict[int, str]] = (),
 ) -> tuple[Program, Signature]:
@@ -100,14 +97,9 @@ def program_from_exported(
 
     `forward` is the signature of the traced method where it is known; `symbols` names the dynamic
     dimensions of each tensor input in order. Raises `InputError` for a program that keeps state
-    between calls or was not traced for inference, `UnsupportedOperatorError` for an operator
+    between calls, `UnsupportedOperatorError` for an operator
     without an ONNX form.
     """
-    if dynamic is not None:
-        raise InputError(
-            "the dimensions of an ExportedProgram are settled; leave out dynamic, "
-            "or give dynamic_shapes to torch.export.export."
-        )
     with torch.no_grad(), quiet(), _tensor_outputs(exported):
         try:
             converted: Any = torch.onnx.export(exported, dynamo=True, optimize=False, verbose=False)
@@ -127,10 +119,23 @@ def program_from_exported(
 # -- tracing --------------------------------------------------------------------------------
 
 
-def _tensor(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
-        return torch.from_numpy(leaf if leaf.flags.writeable else leaf.copy())
-    return leaf
+def _distinct_tensors(example_inputs: Any) -> Any:
+    """The examples with arrays as tensors, and a copy of any tensor that occurs twice.
+
+    torch.export takes two inputs that are the same tensor object for one.
+    """
+    seen: set[int] = set()
+
+    def distinct(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            return torch.from_numpy(leaf.copy())
+        if isinstance(leaf, torch.Tensor):
+            if id(leaf) in seen:
+                return leaf.clone()
+            seen.add(id(leaf))
+        return leaf
+
+    return pytree.tree_map(distinct, example_inputs)
 
 
 @contextlib.contextmanager
@@ -203,6 +208,12 @@ def _dynamic_shapes(
     """
     if dynamic is None:
         return args, kwargs, None, []
+    loose = [name for name in kwargs if name not in forward.parameters]
+    if loose:
+        raise InputError(
+            f"argument {loose[0]!r} reaches forward{forward} as one of **kwargs, where "
+            f"torch.export takes no dynamic dimensions; declare it by name."
+        )
     leaves = _leaves(forward, args, kwargs)
     wanted = [_wanted(leaf, dynamic) for leaf in leaves]
     if not isinstance(dynamic, str):

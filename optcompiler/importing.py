@@ -211,7 +211,7 @@ def _own_weights(model: ir.Model, label: str) -> None:
                 continue
             try:
                 value.const_value = _own(tensor, name)
-            except (ValueError, TypeError, OSError) as error:
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
                 raise InputError(
                     f"{label}: initializer {name!r} cannot be read ({_one_line(error)}); "
                     f"export the model again."

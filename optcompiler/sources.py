@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -87,10 +88,7 @@ def _called(text: str) -> Any:
 
 
 def _module(name: str) -> ModuleType:
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
+    _search(Path.cwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -101,30 +99,34 @@ def _module(name: str) -> ModuleType:
         raise InputError(f"importing {name!r} raised {_account(error)}; install it.") from error
     except Exception as error:
         raise InputError(f"importing {name!r} raised {_account(error)}; fix the module.") from error
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
 
 
 def _module_of_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path.")
-    spec = importlib.util.spec_from_file_location(f"_optcompiler_reference_{path.stem}", path)
+    resolved = path.resolve()
+    name = f"_optcompiler_{hashlib.sha256(str(resolved).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, resolved)
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: not a Python file; give one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
-    folder = str(path.parent.resolve())
-    sys.path.insert(0, folder)
-    # pickling, dataclasses and torch look a class's module up by name
-    sys.modules[spec.name] = module
+    _search(resolved.parent)
+    # dataclasses and torch look a class's module up by name
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        del sys.modules[spec.name]
+        del sys.modules[name]
         raise InputError(f"{path} raised {_account(error)}; fix the file.") from error
-    finally:
-        sys.path.remove(folder)
     return module
+
+
+def _search(folder: Path) -> None:
+    """Let modules beside the user's code be found, also by imports inside its functions."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def _account(error: Exception) -> str:

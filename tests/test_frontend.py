@@ -171,6 +171,29 @@ def test_nested_arguments_and_every_kind_of_result():
     assert got["answer"].hidden is None
 
 
+def test_arguments_without_names_of_their_own():
+    class Loose(nn.Module):
+        def forward(self, *tensors, **more):
+            return tensors[0] + tensors[1] * more["scale"]
+
+    class Starred(nn.Module):
+        def forward(self, first, **more):
+            return first * more["scale"]
+
+    x = torch.ones(2, 2)
+    example = {"first": x, "scale": x}
+    with pytest.raises(InputError, match=r"'scale' reaches forward.*declare it by name"):
+        import_model(Starred(), example, dynamic="batch")
+    # one tensor given for two arguments does not make them one
+    imported = import_model(Starred(), example)
+    same(call(imported, x, scale=x + 1), x + 1)
+    same(call(imported, x * 3, scale=x), x * 3)
+    with pytest.raises(InputError, match="at most 1 expected"):
+        call(imported, x, x)
+    with pytest.raises(InputError, match="KeyError"):
+        import_model(Loose(), (x, x))
+
+
 def test_tied_weights_stay_one():
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -203,8 +226,11 @@ def test_exported_programs_and_their_files(tmp_path):
         same(call(imported, x[:1]), net(x[:1]))
         same(call(imported, x=x), net(x))
     assert exported.graph_module.code == code
-    with pytest.raises(InputError, match="settled"):
-        import_model(exported, dynamic="batch")
+    fixed = import_model(exported, (x,))
+    assert fixed.program.inputs[0].shape == fixed.signature.inputs[0].shape == (2, 4)
+    assert fixed.program.outputs[0].shape == (2, 3)
+    with pytest.raises(InputError, match=r"dimension 1 of x: float.*which the model fixes"):
+        import_model(exported, (x,), dynamic={"x": {1: "width"}})
 
 
 def test_graph_modules_are_traced():
