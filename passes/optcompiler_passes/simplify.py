@@ -172,7 +172,7 @@ def _gathered_constant(program: Program, node: ir.Node, policy: FoldingPolicy) -
     if data is None or indices is None or not policy.allows(node):
         return
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-    grid = list(np.indices(indices.shape, sparse=True))
+    grid: list[np.ndarray] = list(np.indices(indices.shape, sparse=True))
     grid[axis % data.ndim] = indices
     output = node.outputs[0]
     output.replace_all_uses_with(program.add_weight(f"{output.name}.folded", data[tuple(grid)]))
