@@ -30,8 +30,8 @@ from optcompiler.ops.types import (
     carrier_type,
     from_carrier,
     numpy_of,
-    shared,
     tensor_from_ir,
+    tensor_of,
     to_carrier,
     torch_type,
 )
@@ -174,7 +174,7 @@ def _arguments(
         if name not in inputs:
             raise InputError(f"no value given for input {name!r}; give one for every graph input.")
         given = inputs[name]
-        tensor = given if isinstance(given, torch.Tensor) else shared(np.asarray(given))
+        tensor = given if isinstance(given, torch.Tensor) else tensor_of(np.asarray(given))
         arguments.append(tensor.to(device))
     return arguments
 
@@ -318,7 +318,9 @@ class _Builder:
             known = scope.get(value)
             return known.dtype if known is not None and known.dtype else value.dtype
 
-        facts = spec.facts(node, type_of) if spec.facts is not None else {}
+        facts: Mapping[str, Any] = {}
+        if spec.facts is not None:
+            facts = spec.facts(node, type_of)
         moved = False
         arguments: list[Any] = []
         for position, slot in enumerate(slots):

@@ -154,7 +154,7 @@ def rotary_embedding(
     without `position_ids`.
     """
     flat = x.dim() == 3
-    y = x.reshape(x.shape[0], x.shape[1], num_heads, -1) if flat else x.transpose(1, 2)
+    y = x.reshape(x.shape[0], x.shape[1], num_heads or 1, -1) if flat else x.transpose(1, 2)
     width = rotary_embedding_dim or y.shape[-1]
     turned, rest = y[..., :width], y[..., width:]
     cos, sin = cos_cache, sin_cache

@@ -71,11 +71,11 @@ def conv_transpose(
             x.shape[2:], strides, weight.shape[2:], dilations, extra, strict=True
         )
     ]
-    pairs = sides(pads) if pads else [(0, 0)] * rank
+    pairs: list[tuple[int, int]] = sides(pads) if pads else [(0, 0)] * rank
     if auto_pad in ("SAME_UPPER", "SAME_LOWER") and output_shape is None:
         output_shape = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
     if output_shape is not None:
-        pairs = []
+        pairs = list[tuple[int, int]]()
         for have, want in zip(full, output_shape[-rank:], strict=True):
             crop = have - want
             small, large = crop // 2, crop - crop // 2

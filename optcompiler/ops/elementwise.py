@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from typing import cast as cast_type
 
 import onnx_ir as ir
 import torch
@@ -69,7 +70,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def _scalar(bound: Any) -> Any:
-    return bound[0] if isinstance(bound, list) else bound
+    return cast_type("list[Any]", bound)[0] if isinstance(bound, list) else bound
 
 
 def clip(

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from optcompiler.ops.costs import free_cost, movement_cost
 from optcompiler.ops.declare import op, output_count
 from optcompiler.ops.spec import OpSpec
-from optcompiler.ops.types import whole, whole_list
+from optcompiler.ops.types import first, whole_list
 
 Tensor = torch.Tensor
 Ints = Tensor | Sequence[int]
@@ -92,10 +93,10 @@ def slice_(
     """Python slices along the given axes; a negative step walks backwards."""
     if starts is None or ends is None:
         return x
-    first, last = whole_list(starts), whole_list(ends)
-    dims = whole_list(axes) if axes is not None else list(range(len(first)))
-    strides = whole_list(steps) if steps is not None else [1] * len(first)
-    for start, end, axis, step in zip(first, last, dims, strides, strict=True):
+    begins, stops = whole_list(starts), whole_list(ends)
+    dims = whole_list(axes) if axes is not None else list(range(len(begins)))
+    strides = whole_list(steps) if steps is not None else [1] * len(begins)
+    for start, end, axis, step in zip(begins, stops, dims, strides, strict=True):
         size = x.shape[axis]
         low, high, _ = slice(start, end, step).indices(size) if step > 0 else (0, 0, 0)
         if step > 0:
@@ -120,7 +121,7 @@ def _stop(end: int, size: int) -> int | None:
 
 def expand(x: Tensor, shape: Ints) -> Tensor:
     """Broadcast to the common shape of `x` and `shape`."""
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(whole_list(shape))))
+    return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(whole_list(shape))))
 
 
 def tile(x: Tensor, repeats: Ints) -> Tensor:
@@ -141,8 +142,7 @@ def pad(
     dims = [a % x.dim() for a in whole_list(axes)] if axes is not None else list(range(x.dim()))
     begins, ends = amounts[: len(dims)], amounts[len(dims) :]
     if mode == "constant":
-        fill = 0 if value is None else whole(value)
-        fill = fill[0] if isinstance(fill, list | tuple) else fill
+        fill = 0 if value is None else first(value)
         pairs = dict(zip(dims, zip(begins, ends, strict=True), strict=True))
         flat = [n for axis in reversed(range(x.dim())) for n in pairs.get(axis, (0, 0))]
         if x.dtype == torch.bool:

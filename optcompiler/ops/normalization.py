@@ -12,7 +12,7 @@ from optcompiler.errors import UnsupportedOperatorError
 from optcompiler.ops.costs import DIVISION, reading_cost
 from optcompiler.ops.declare import op, output_count
 from optcompiler.ops.spec import OpSpec
-from optcompiler.ops.types import carrier_type, whole
+from optcompiler.ops.types import carrier_type, first
 
 Tensor = torch.Tensor
 
@@ -113,8 +113,10 @@ def lrn(
 
 
 def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
-    """Divide by the p-norm along `axis`; a zero vector stays zero."""
-    norm = torch.linalg.vector_norm(x, ord=p, dim=axis, keepdim=True)
+    """Divide by the 1- or 2-norm along `axis`; a zero vector stays zero."""
+    size = torch.abs(x)
+    norm = torch.sum(size if p == 1 else size * size, dim=axis, keepdim=True)
+    norm = norm if p == 1 else torch.sqrt(norm)
     return torch.where(norm == 0, torch.zeros_like(x), x / norm)
 
 
@@ -135,9 +137,9 @@ def dropout(
 
     Raises `UnsupportedOperatorError` in training mode, which drops at random.
     """
-    if bool(whole(training_mode)) and float(whole(ratio)) > 0:
+    if bool(first(training_mode)) and float(first(ratio)) > 0:
         raise UnsupportedOperatorError(
-            f"Dropout in training mode with ratio {whole(ratio)} has no fixed result; "
+            f"Dropout in training mode with ratio {first(ratio)} has no fixed result; "
             f"export the model for inference."
         )
     return (x, torch.ones_like(x, dtype=torch.bool)) if outputs > 1 else x

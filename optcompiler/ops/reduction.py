@@ -13,6 +13,7 @@ from optcompiler.ops.spec import OpSpec
 from optcompiler.ops.types import whole_list
 
 Tensor = torch.Tensor
+_torch: Any = torch
 Axes = Tensor | Sequence[int] | None
 
 
@@ -196,7 +197,7 @@ def cum_prod(x: Tensor, axis: Any, *, exclusive: int = 0, reverse: int = 0) -> T
 
 
 def det(x: Tensor) -> Tensor:
-    return torch.linalg.det(x)
+    return torch.det(x)
 
 
 def unique(
@@ -210,7 +211,7 @@ def unique(
     source = x.reshape(-1) if axis is None else x
     values, inverse, counts = cast(
         "tuple[Tensor, Tensor, Tensor]",
-        torch.unique(source, sorted=True, return_inverse=True, return_counts=True, dim=dim),
+        _torch.unique(source, sorted=True, return_inverse=True, return_counts=True, dim=dim),
     )
     positions = torch.arange(inverse.numel(), device=x.device)
     first = torch.full((counts.numel(),), inverse.numel(), device=x.device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from optcompiler.ops.costs import pointwise_cost
 from optcompiler.ops.declare import op
 from optcompiler.ops.spec import OpSpec
-from optcompiler.ops.types import whole, whole_list
+from optcompiler.ops.types import numbers, whole_list
 
 Tensor = torch.Tensor
 
@@ -75,8 +75,7 @@ def resize(
 
 
 def _list(value: Any) -> list[Any]:
-    found = [] if value is None else whole(value)
-    return list(found) if isinstance(found, list | tuple) else [found]
+    return [] if value is None else numbers(value)
 
 
 Taps = tuple[np.ndarray, np.ndarray, np.ndarray | None]

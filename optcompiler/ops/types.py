@@ -8,7 +8,8 @@ the declared type at the program's outputs.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -152,16 +153,26 @@ def tensor_from_ir(tensor: ir.TensorProtocol) -> torch.Tensor:
     return result
 
 
+def tensor_of(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor of the same declared type, ml_dtypes included, sharing its memory."""
+    tensor = ir.tensor(array)
+    return from_carrier(tensor_from_ir(tensor), torch_type(ir.DataType(tensor.dtype)))
+
+
+_torch: Any = torch
+_from_numpy = cast("Callable[[np.ndarray], torch.Tensor]", _torch.from_numpy)
+
+
 def shared(array: np.ndarray) -> torch.Tensor:
     """`torch.from_numpy` for arrays that may be read-only or strided backwards."""
     if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
         array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
     if array.flags.writeable:
-        return torch.from_numpy(array)
+        return _from_numpy(array)
     if array.size == 0:
-        return torch.from_numpy(array.copy())
+        return _from_numpy(array.copy())
     # from_numpy warns about read-only memory, by design the common case here.
-    return torch.from_numpy(np.asarray(_Alias(array)))
+    return _from_numpy(np.asarray(_Alias(array)))
 
 
 class _Alias:
@@ -188,12 +199,18 @@ def numpy_of(value: torch.Tensor, dtype: ir.DataType) -> np.ndarray:
     return value.numpy().astype(target, copy=False)
 
 
-def whole(value: Any) -> Any:
-    """A structural input as Python numbers: what the executor passes, or a tensor's contents."""
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+def numbers(value: Any) -> list[Any]:
+    """A structural input, which is a Python number, a sequence or a tensor, as a list."""
+    flat: Any = value.reshape(-1) if isinstance(value, torch.Tensor) else None
+    found: Any = value if flat is None else flat.tolist()
+    return list(cast("list[Any]", found)) if isinstance(found, list | tuple) else [found]
 
 
 def whole_list(value: Any) -> list[int]:
     """A structural input as a list of ints; a scalar becomes a list of one."""
-    found = whole(value)
-    return [int(v) for v in found] if isinstance(found, list | tuple) else [int(found)]
+    return [int(v) for v in numbers(value)]
+
+
+def first(value: Any) -> Any:
+    """The only number of a structural input."""
+    return numbers(value)[0]

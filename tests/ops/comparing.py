@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from optcompiler.executor import to_torch
-from optcompiler.ops.types import numpy_of, shared
+from optcompiler.ops.types import numpy_of, tensor_of
 from optcompiler.program import Program
 from tests.support import assert_close, run_onnx
 
@@ -73,7 +73,7 @@ def run_torch(program: Program, inputs: dict[str, Any]) -> list[np.ndarray]:
     """Outputs of the executor as numpy in their declared types."""
     module = to_torch(program, trainable=False)
     with torch.no_grad():
-        results = module(*(shared(inputs[p.name]) for p in program.inputs))
+        results = module(*(tensor_of(inputs[p.name]) for p in program.inputs))
     return [
         numpy_of(result, ir.DataType[port.dtype])
         for result, port in zip(results, program.outputs, strict=True)

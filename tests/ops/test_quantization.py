@@ -1,4 +1,4 @@
-"""QuantizeLinear and DequantizeLinear: values against ONNX Runtime, gradients against the papers."""
+"""QuantizeLinear and DequantizeLinear: values against ONNX Runtime, gradients against LSQ."""
 
 import numpy as np
 import onnx_ir as ir
