@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from optcompiler.cli import main
 from optcompiler.compiled import Compiled
 from optcompiler.errors import GateError, PluginError, ToolchainError, UnsupportedOperatorError
 from optcompiler.program import Program
+from optcompiler.progress import ConsoleProgress, Silent, progress_on
 from tests.support import MLP, make_artifact
 from tests.toy import Harden, ToyBackend, registry, sigmoid_net
 
@@ -33,6 +35,11 @@ def answer(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
     result = run(*arguments, "--json")
     assert result.exit_code == code, result.output
     return json.loads(result.stdout)
+
+
+@pytest.fixture(autouse=True)
+def _nominal_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optcompiler.device.measure", lambda *_: None)
 
 
 @pytest.fixture
@@ -309,8 +316,7 @@ def test_plugins_and_passes():
     assert "stage reduce" in text
 
 
-def test_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_device():
     data = answer("device", "--target", "toy:threads=1")
     assert data["target"] == "toy:threads=1"
     assert data["profile"]["estimated"]
@@ -373,3 +379,25 @@ def test_verify_counts_nan_as_different(tmp_path: Path):
     assert _error(one, nan) == float("inf")
     assert _error(one, one[:1]) == float("inf")
     assert _error(np.array([2.0, 4.0]), np.array([2.0, 5.0])) == 0.25
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    assert isinstance(progress_on(io.StringIO()), Silent)
+    terminal = Terminal()
+    progress = progress_on(terminal)
+    assert isinstance(progress, ConsoleProgress)
+    seen = [(a, b) for a in progress.track([1, 2], "outer [x]") for b in progress.track([3], "in")]
+    assert seen == [(1, 3), (2, 3)]
+    next(iter(progress.track([1, 2], "left early")))
+    progress.note("[note] as it is")
+    shown = terminal.getvalue()
+    assert "outer [x]" in shown
+    assert "ETA" in shown
+    assert "[note] as it is" in shown
+    assert list(Silent().track([1, 2], "nothing")) == [1, 2]
