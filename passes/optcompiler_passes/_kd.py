@@ -303,7 +303,7 @@ class Student:
     that round with a straight-through gradient, everything else as itself.
     """
 
-    def __init__(self, module: fx.GraphModule, learnt: Sequence[Learnable], rate: float) -> None:
+    def __init__(self, module: fx.GraphModule, learnt: Sequence[Learnable]) -> None:
         self.module = module
         attributes = {name: key for key, name in module.meta[WEIGHTS_KEY].items()}
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -322,7 +322,7 @@ class Student:
                 free = start.clone()
                 step = max(float(start.square().mean().sqrt()), _FLOOR)
             self.free[key] = free.requires_grad_()
-            self.groups.append({"params": [free], "lr": rate * step})
+            self.groups.append({"params": [free], "lr": step})
 
     def tensors(self) -> dict[str, Tensor]:
         """Every learnable tensor as the module is to see it now."""
@@ -391,7 +391,7 @@ def _train(
     ).given
     names = _comparable(program, context, names, judged[0], device)
     teacher = _module(context.teacher, context, names, False, device)
-    student = Student(_module(program, context, names, True, device), learnt, options.learning_rate)
+    student = Student(_module(program, context, names, True, device), learnt)
     if samples.joined is not None:
         samples.size = _batch_size(program, teacher, samples, options.batch_size)
     outputs = len(program.outputs)
@@ -404,7 +404,8 @@ def _train(
         return sum(_distance(r, s) for r, s in pairs) / len(pairs)
 
     optimizer = torch.optim.Adam(student.groups, betas=(0.9, 0.99))  # type: ignore[arg-type]
-    rates = [float(g["lr"]) for g in optimizer.param_groups]
+    peak = options.learning_rate * _share(references, judged, student)
+    rates = [peak * float(g["lr"]) for g in optimizer.param_groups]
     parts = max(1, options.batch_size // samples.size) if samples.joined is not None else 1
     clock = Clock(options.steps, options.minutes)
     best, nearest = None, judge()
@@ -515,6 +516,23 @@ def _distance(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> float:
             value = kl(t, s) + 0.01 * nmse(t, s)
             total += value if math.isfinite(value) else math.inf
     return total
+
+
+def _share(
+    references: Sequence[Sequence[Tensor]], inputs: Sequence[Sequence[Tensor]], student: Student
+) -> float:
+    """How far the outputs are off to begin with, relative to their spread, between 0.05 and 1.
+
+    Small errors need small steps: the noise of a step is not to exceed what is to be repaired.
+    """
+    errors = [0.0]
+    with torch.no_grad():
+        for reference, given in zip(references, inputs, strict=True):
+            got = student(given)[: len(reference)]
+            for t, s in zip(reference, got, strict=True):
+                if t.is_floating_point() and t.numel():
+                    errors.append(nmse(t, s))
+    return min(max(math.sqrt(max(errors)), 0.05), 1.0) if math.isfinite(max(errors)) else 1.0
 
 
 def _plain(outputs: Sequence[Tensor]) -> list[Tensor]:

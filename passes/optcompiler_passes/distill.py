@@ -28,8 +28,8 @@ class Distill(Pass):
        by training their logarithm), "biases", "weights" (float, before their quantiser, straight
        through it) and "zero_points" (of activations whose range does not begin or end at zero).
     2. The scale of a quantiser after a Clip stays small enough to imply the clip.
-    3. Step sizes are relative to the magnitude of each tensor, `learning_rate` at most, and decay
-       to zero along a cosine.
+    3. Step sizes are relative to the magnitude of each tensor: `learning_rate` at most, less the
+       nearer the student is to begin with, and decaying to zero along a cosine.
     4. The state kept is the one whose outputs are nearest to the teacher's on the hold-out batches
        (the calibration batches when there are none); the rewrite is declined when that is the
        state it began with.
@@ -45,7 +45,7 @@ class Distill(Pass):
     summary: ClassVar[str] = "recover accuracy by distillation from the original model"
 
     steps: int = 400
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     temperature: float = 2.0
     block_weight: float = 1.0
     learn: tuple[str, ...] = ROLES

@@ -96,7 +96,7 @@ class InsertQdq(Pass):
             program, watched, context.calibration, make, context.ops, context.progress
         )
         dtype = context.capabilities.activation_dtype
-        bits = np.iinfo(ir.DataType[dtype].numpy()).bits
+        bits = ir.DataType[dtype].bitwidth
         ranges: dict[str, tuple[np.float32, int]] = {}
         broken: dict[str, int] = {}
         for name, observer in observers.items():
