@@ -169,12 +169,30 @@ class Builder:
         return out
 
     def strides_like(self, expr: Expr, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Dense strides in the memory order of the expression's largest operand."""
+        """Dense strides in the memory order of the first operand that repeats nothing."""
         for load in loads(expr):
-            view = load.view
-            if len(shape) == 4 and _channels_last(view):
-                return channels_last(shape)
+            strides = load.view.strides
+            if all(s > 0 or n == 1 for s, n in zip(strides, shape, strict=True)):
+                order = sorted(
+                    range(len(shape)),
+                    key=lambda a: (shape[a] != 1, -strides[a] if shape[a] != 1 else 0),
+                )
+                inner = row_major(tuple(shape[a] for a in order))
+                dense = [0] * len(shape)
+                for place, axis in enumerate(order):
+                    dense[axis] = inner[place]
+                if tuple(dense) == row_major(shape) or load.view.buffer.kind != "constant":
+                    return self._canonical(tuple(dense), shape)
         return row_major(shape)
+
+    @staticmethod
+    def _canonical(strides: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The spelling by `row_major` or `channels_last` where axes of length 1 alone differ."""
+        candidates = [row_major(shape), *([channels_last(shape)] if len(shape) == 4 else [])]
+        for known in candidates:
+            if all(a == b or n == 1 for a, b, n in zip(strides, known, shape, strict=True)):
+                return known
+        return strides
 
     # -- regions ----------------------------------------------------------------------------
 
@@ -291,15 +309,6 @@ def channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of logical [N, C, H, W] stored as [N, H, W, C]."""
     n, h, w, c = row_major((shape[0], shape[2], shape[3], shape[1]))
     return (n, c, h, w)
-
-
-def _channels_last(view: View) -> bool:
-    return (
-        len(view.shape) == 4
-        and view.shape[1] > 1
-        and view.shape[2] * view.shape[3] > 1
-        and view.strides == channels_last(view.shape)
-    )
 
 
 def is_channels_last(view: View) -> bool:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from optcompiler.errors import UnsupportedOperatorError
-from optcompiler.lowering.build import channels_last, is_channels_last, map_views, reshaped
+from optcompiler.lowering.build import (
+    channels_last,
+    evaluate_constant,
+    is_channels_last,
+    map_views,
+    reshaped,
+)
 from optcompiler.lowering.contractions import quantised, window_pads
 from optcompiler.lowering.core import Lowering, Rule
-from optcompiler.lowering.expressions import call
+from optcompiler.lowering.expressions import call, number
 from optcompiler.lowering.flatten import site_of
 from optcompiler.lowering.ir import (
     Accumulator,
@@ -25,6 +31,9 @@ from optcompiler.lowering.ir import (
     Quantization,
     Reduction,
     Softmax,
+    View,
+    product,
+    row_major,
 )
 from optcompiler.lowering.layout import not_constant
 
@@ -194,26 +203,80 @@ def replace_leaf(dequantize: Expr, leaf: Expr) -> Expr:
 
 
 def lower_gather(low: Lowering, node: ir.Node) -> None:
-    data, indices, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    data, indices = node.inputs[0], node.inputs[1]
     assert data is not None
     assert indices is not None
-    shape = low.shape(data)
-    axis = low.flat.attributes(node).get("axis", 0) % len(shape)
+    axis = low.flat.attributes(node).get("axis", 0) % len(low.shape(data))
     known = low.array(indices)
-    if known is not None and known.ndim <= 1:
+    gather(low, node, low.expr(data), low.shape(data), axis, known, lambda: low.view(indices, node))
+
+
+def lower_gather_nd(low: Lowering, node: ir.Node) -> None:
+    """The indexed axes as one, and one index into it."""
+    data, indices = node.inputs[0], node.inputs[1]
+    assert data is not None
+    assert indices is not None
+    if low.flat.attributes(node).get("batch_dims"):
+        raise UnsupportedOperatorError(
+            f"GatherND {site_of(node)!r}: batch_dims other than 0 have no lowered form."
+        )
+    shape, places = low.shape(data), low.shape(indices)
+    depth = places[-1]
+    inner = row_major(shape[:depth])
+    flat = (product(shape[:depth]), *shape[depth:])
+    source = reshaped(low.expr(data), flat)
+    if source is None:
+        copy = low.store_plain(low.expr(data), shape, row_major(shape), node)
+        source = Load(copy.dtype, copy.reshape(flat) or copy)
+    known = low.array(indices)
+    if known is not None:
+        wrapped = known % np.array(shape[:depth])
+        known = np.ascontiguousarray((wrapped * np.array(inner)).sum(axis=-1))
+
+    def index() -> View:
+        total: Expr | None = None
+        for part in range(depth):
+            piece = map_views(low.expr(indices), lambda v, p=part: v.slice(len(places) - 1, p, 1))
+            one = reshaped(piece, places[:-1])
+            if one is None:
+                raise not_constant(node, "indices of this layout")
+            low_end = call("lt", one, number(0, one))
+            one = call("where", low_end, call("add", one, number(shape[part], one)), one)
+            term = call("mul", one, number(inner[part], one))
+            total = term if total is None else call("add", total, term)
+        assert total is not None
+        return low.store_plain(total, places[:-1], row_major(places[:-1]), node)
+
+    gather(low, node, source, flat, 0, known, index)
+
+
+def gather(
+    low: Lowering,
+    node: ir.Node,
+    data: Expr,
+    shape: tuple[int, ...],
+    axis: int,
+    known: np.ndarray | None,
+    index: Callable[[], View],
+) -> None:
+    """A view where the indices are evenly spaced constants, else a step."""
+    out = node.outputs[0]
+    if known is not None:
         span = _arithmetic(known.reshape(-1) % shape[axis])
         if span is not None:
-            start, count, step = span
-            expr = map_views(low.expr(data), lambda v: v.slice(axis, start, count, step))
-            final = reshaped(expr, low.shape(out)) if known.ndim == 0 else expr
+            expr = map_views(data, lambda v: v.slice(axis, *span))
+            final = reshaped(expr, low.shape(out))
             if final is not None:
                 low.exprs[out] = final
                 return
-    constant = low.array(data)
-    source = (
-        low.constant(constant, data.name or "") if constant is not None else low.view(data, node)
-    )
-    where = low.constant(known) if known is not None else low.view(indices, node)
+    constant = evaluate_constant(data, shape)
+    if constant is not None and not isinstance(data, Load):
+        source = low.constant(constant)
+    elif isinstance(data, Load):
+        source = data.view
+    else:
+        source = low.store_plain(data, shape, row_major(shape), node)
+    where = low.constant(known) if known is not None else index()
 
     def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
         view = low.destination(last, None)
@@ -261,5 +324,5 @@ REDUCTIONS: Mapping[str, Rule] = {
     "Softmax": lower_softmax, "LogSoftmax": lower_softmax,
     "LayerNormalization": lower_normalization, "RMSNormalization": lower_normalization,
     "MaxPool": lower_pool, "AveragePool": lower_pool,
-    "Gather": lower_gather, "CumSum": lower_cumsum,
+    "Gather": lower_gather, "GatherND": lower_gather_nd, "CumSum": lower_cumsum,
 }  # fmt: skip

@@ -107,16 +107,14 @@ def _buffer(lowered: Lowered, dtype: str, elements: int) -> Buffer:
 
 
 def _halos(lowered: Lowered) -> None:
-    wanted: dict[int, list[Conv]] = {}
-    for step in lowered.steps:
-        if isinstance(step, Conv) and any(step.pads):
-            wanted.setdefault(step.a.view.buffer.index, []).append(step)
-    for index, convs in wanted.items():
-        buffer = lowered.buffers[index]
-        shape = convs[0].a.view.shape
-        fills = {_fill(c) for c in convs}
-        if len(fills) == 1 and _pictures(lowered, buffer, shape):
-            _grow(lowered, buffer, shape, convs, fills.pop())
+    while True:
+        padded = [s for s in lowered.steps if isinstance(s, Conv) and any(s.pads)]
+        if not padded:
+            return
+        buffer, shape = padded[0].a.view.buffer, padded[0].a.view.shape
+        convs = [c for c in padded if c.a.view.buffer is buffer]
+        if len({_fill(c) for c in convs}) == 1 and _pictures(lowered, buffer, shape):
+            _grow(lowered, buffer, shape, convs, _fill(convs[0]))
         else:
             for conv in convs:
                 _copy_with_halo(lowered, conv)
@@ -155,8 +153,7 @@ def _grow(
     for i, step in enumerate(lowered.steps):
         if i == first:
             steps.append(_halo(f"{step.name}_halo", step.nodes, padded, pads, fill))
-        if step in convs:
-            assert isinstance(step, Conv)
+        if isinstance(step, Conv) and step in convs:
             t, l, b, r = step.pads
             around = padded.slice(2, top - t, h + t + b).slice(3, left - l, w + l + r)
             step = replace(step, pads=(0, 0, 0, 0), a=replace(step.a, view=around))
