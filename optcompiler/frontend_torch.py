@@ -77,7 +77,7 @@ def load_exported(path: Path) -> ExportedProgram:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path.")
-    with quiet(), _no_pickle():
+    with quiet(), no_pickle():
         try:
             return torch.export.load(path)
         except Exception as error:
@@ -153,7 +153,7 @@ def _evaluating(module: torch.nn.Module) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _no_pickle() -> Generator[None]:
+def no_pickle() -> Generator[None]:
     """Make torch.load refuse anything but tensors, whatever its caller asks for."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
@@ -486,7 +486,8 @@ def _conversion_error(error: Exception) -> InputError | UnsupportedOperatorError
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error that says something."""
+    """The first sentence of an error that says something."""
     lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines()]
     first = next((line for line in lines if any(c.isalpha() for c in line)), "")
-    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
+    sentence = first.split(". ", 1)[0].rstrip(".")[:300]
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__

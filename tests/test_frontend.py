@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import warnings
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from torch import nn
 
 from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.frontend import import_model
+from optcompiler.frontend_torch import no_pickle
 from optcompiler.program import SOURCE_KEY, Program
 from tests.support import run_onnx
 
@@ -62,6 +65,7 @@ def test_a_module_is_imported_as_it_is():
     assert net.body[1].training
     assert not net.head.training
     assert all(p.requires_grad for p in net.parameters())
+    assert import_model(net, (x,)).program.content_hash() == imported.program.content_hash()
     weight = imported.program.weights()["head.weight"].numpy()
     assert weight.__array_interface__["data"][0] == net.head.weight.data_ptr()
     same(call(imported, x), net.eval()(x))
@@ -238,6 +242,19 @@ def test_graph_modules_are_traced():
     x = torch.randn(2, 4)
     for module in (torch.fx.symbolic_trace(net), torch.export.export(net, (x,)).module()):
         same(call(import_model(module, (x,)), x), net(x))
+
+
+def test_pickled_objects_in_files_are_not_loaded():
+    class Payload:
+        def __reduce__(self):
+            return print, ("pickled code ran",)
+
+    buffer = io.BytesIO()
+    torch.save(Payload(), buffer)
+    buffer.seek(0)
+    with no_pickle(), pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(buffer, weights_only=False)
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_files_that_are_no_exported_program(tmp_path):
