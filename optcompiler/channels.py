@@ -379,6 +379,30 @@ def absorb(program: Program, node: ir.Node, constants: np.ndarray) -> None:
         _shift_matmul(program, node, constants @ weight, stored.dtype)
 
 
+def reroute(
+    program: Program, node: ir.Node, leaving: np.ndarray, staying: np.ndarray, mixing: np.ndarray
+) -> bool:
+    """Let staying input channels of a node stand in for leaving ones, in its weights.
+
+    `leaving` [R] and `staying` [K] are indices of input channels; channel `leaving[r]` is taken to
+    be the sum of the staying ones weighted by `mixing[r]` [R, K]. Returns False, changing nothing,
+    for a grouped Conv and for weights that other nodes use.
+    """
+    weight = node.inputs[1]
+    attributes = attributes_of(node)
+    stored = constant(weight)
+    if weight is None or stored is None or len(tuple(weight.uses())) > 1:
+        return False
+    if attributes.get("group", 1) != 1:
+        return False
+    rows_last = node.op_type == "Conv" or bool(attributes.get("transB"))
+    inputs_first = np.array(np.swapaxes(stored, 0, 1) if rows_last else stored, np.float64)
+    inputs_first[staying] += np.tensordot(mixing.T, inputs_first[leaving], 1)
+    changed = np.swapaxes(inputs_first, 0, 1) if rows_last else inputs_first
+    program.set_weight(weight, np.ascontiguousarray(changed, stored.dtype))
+    return True
+
+
 def _shift_matmul(program: Program, node: ir.Node, shift: np.ndarray, dtype: np.dtype[Any]) -> None:
     out = node.outputs[0]
     users = list(out.uses())

@@ -17,6 +17,7 @@ from optcompiler.channels import (
     Member,
     absorb_obstacle,
     remove_channels,
+    reroute,
     same_group,
 )
 from optcompiler.errors import InputError
@@ -28,8 +29,18 @@ if TYPE_CHECKING:
     import torch
 
 Importance = Literal["magnitude", "activation", "taylor"]
+Compensation = Literal["none", "mean", "linear"]
 Place = tuple[str, int]
 """A value that consumers read and the axis of it that a group's channels are on."""
+
+RIDGE = 1e-3
+"""Regularisation of the regression, in mean variances of a kept channel."""
+
+WIDEST = 4096
+"""Most indices along an axis of which covariances are taken (a matrix of 64 MiB)."""
+
+ROWS = 4096
+"""Most positions of a batch from which covariances are taken."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +65,10 @@ class PruneChannels(Pass):
        zero as long as the student equals it, so the gradient is that of the log-likelihood of
        outputs sampled from the model, whose square is the second-order term of that divergence
        (Theis et al., Fisher pruning, 2018).
-    4. With `compensate` and calibration data, a consumer's bias takes up the mean that the removed
-       channels had times their weights.
+    4. With calibration data the consumers make up for what leaves: by "mean", the bias takes up the
+       mean of the removed channels; by "linear", the weights of the kept channels also take up
+       what predicts the removed ones, by ridge regression on the activations (after He et al.,
+       Channel pruning for accelerating very deep networks, ICCV 2017). "none" leaves them.
 
     Declines groups that reach an input, an output or an operator that fixes them, widths that
     rounding leaves as they are, and measures that need calibration data where there is none.
@@ -71,17 +84,20 @@ class PruneChannels(Pass):
     keep_ratio: float | tuple[float, ...] = (0.75, 0.5)
     importance: Importance = "magnitude"
     multiple_of: int = 8
-    compensate: bool = True
+    compensate: Compensation = "linear"
 
     def __post_init__(self) -> None:
         for ratio in self.ratios:
             if not 0 < ratio < 1:
                 raise InputError(f"prune-channels: keep_ratio {ratio}; give numbers in (0, 1).")
-        if self.importance not in get_args(Importance):
-            raise InputError(
-                f"prune-channels: no importance {self.importance!r}; "
-                f"there is {', '.join(get_args(Importance))}."
-            )
+        for option, value, known in (
+            ("importance", self.importance, get_args(Importance)),
+            ("compensate", self.compensate, get_args(Compensation)),
+        ):
+            if value not in known:
+                raise InputError(
+                    f"prune-channels: {option}={value!r}; there is {', '.join(known)}."
+                )
         if self.multiple_of < 1:
             raise InputError(f"prune-channels: multiple_of={self.multiple_of}; give 1 or more.")
 
@@ -105,26 +121,28 @@ class PruneChannels(Pass):
             return
         places = {g.name: consumed_places(graph, g) for g in free}
         asked = sorted({p for found in places.values() for p in found})
-        means: Mapping[Place, np.ndarray] = {}
-        sizes: Mapping[Place, np.ndarray] = {}
-        if context.calibration and (self.compensate or self.importance == "activation"):
-            means, sizes = activation_means(program, context, asked)
+        moments: Mapping[Place, Moments] = {}
+        if context.calibration and (self.compensate != "none" or self.importance == "activation"):
+            moments = observe_moments(program, context, asked, self.compensate == "linear")
         if self.importance == "magnitude":
             worth = {g.name: magnitudes(program, g) for g in free}
         elif self.importance == "activation":
-            worth = {g.name: _by_layer(g, {p: sizes[p] for p in places[g.name]}) for g in free}
+            sizes = {place: found.size for place, found in moments.items()}
+            worth = {g.name: _by_layer(g, sizes) for g in free}
         else:
             worth = taylor_terms(program, context, free, places)
+        if self.compensate == "none":
+            moments = {}
         for group in free:
-            kept_means = means if self.compensate else {}
-            yield from self._candidates(graph, group, worth[group.name], kept_means, context.ops)
+            mine = {p: moments[p] for p in places[group.name] if p in moments}
+            yield from self._candidates(graph, group, worth[group.name], mine, context.ops)
 
     def _candidates(
         self,
         graph: ChannelGraph,
         group: ChannelGroup,
         worth: np.ndarray,
-        means: Mapping[Place, np.ndarray],
+        moments: Mapping[Place, Moments],
         ops: OpTable,
     ) -> Iterator[Candidate | Decline]:
         nodes = (*group.producers, *group.consumers)
@@ -142,7 +160,9 @@ class PruneChannels(Pass):
                 yield Candidate(
                     site=group.name,
                     choice=f"keep {keep} of {group.channels} channels",
-                    rewrite=functools.partial(prune, ops=ops, group=group, gone=gone, means=means),
+                    rewrite=functools.partial(
+                        prune, ops=ops, group=group, gone=gone, moments=moments
+                    ),
                     exact=False,
                     nodes=nodes,
                     details={
@@ -154,14 +174,26 @@ class PruneChannels(Pass):
                 )
 
 
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Statistics of a value by index along one axis of extent C, over batches and other axes.
+
+    `mean` and `size` (mean absolute value) are float64 [C]; `covariance` is float32 [C, C] or None.
+    """
+
+    mean: np.ndarray
+    size: np.ndarray
+    covariance: np.ndarray | None
+
+
 def prune(
     program: Program,
     ops: OpTable,
     group: ChannelGroup,
     gone: tuple[int, ...],
-    means: Mapping[Place, np.ndarray],
+    moments: Mapping[Place, Moments],
 ) -> None:
-    """Remove channels of a group, their mean taken up by the consumers where `means` has it."""
+    """Remove channels of a group; consumers with `moments` of what they read make up for them."""
     graph = ChannelGraph(program, ops)
     now = same_group(graph, group)
     constants: dict[str, np.ndarray] = {}
@@ -169,10 +201,44 @@ def prune(
         node = program.node(name)
         assert node is not None
         member = graph.consumed(now, node)
-        mean = means.get((member.value, member.axis)) if member is not None else None
-        if mean is not None and not absorb_obstacle(node):
-            constants[name] = mean
+        if member is None or absorb_obstacle(node):
+            continue
+        seen = moments.get((member.value, member.axis))
+        then = group.member(node.inputs[0], member.axis)
+        if seen is not None and then is not None:
+            constants[name] = _made_up_for(program, node, member, then, gone, seen)
     remove_channels(program, ops, group, gone, constants)
+
+
+def _made_up_for(
+    program: Program,
+    node: ir.Node,
+    member: Member,
+    then: Member,
+    gone: tuple[int, ...],
+    seen: Moments,
+) -> np.ndarray:
+    """The constants that leaving channels stand for, once weights have taken up what they can.
+
+    `then` is the member when `seen` was taken: other groups on its axis may have shrunk since, so
+    only indices of this group are compared.
+    """
+    mine, mine_then = np.flatnonzero(member.channel_of >= 0), np.flatnonzero(then.channel_of >= 0)
+    leaving = np.isin(member.channel_of[mine], gone)
+    constants = np.zeros(len(member.channel_of))
+    mean = seen.mean[mine_then]
+    constants[mine] = mean
+    if seen.covariance is None:
+        return constants
+    covariance = seen.covariance[np.ix_(mine_then, mine_then)].astype(np.float64)
+    known = covariance[~leaving][:, ~leaving]
+    ridge = RIDGE * np.trace(known) / len(known)
+    if ridge > 0:
+        known += ridge * np.eye(len(known))
+        mixing = np.linalg.solve(known, covariance[~leaving][:, leaving]).T
+        if reroute(program, node, mine[leaving], mine[~leaving], mixing):
+            constants[mine[leaving]] = mean[leaving] - mixing @ mean[~leaving]
+    return constants
 
 
 def kept_count(group: ChannelGroup, ratio: float, multiple_of: int) -> int:
@@ -255,32 +321,45 @@ def _by_layer(
     return total
 
 
-def activation_means(
-    program: Program, context: PassContext, places: Iterable[Place]
-) -> tuple[dict[Place, np.ndarray], dict[Place, np.ndarray]]:
-    """Mean and mean absolute value by index at each place, over the calibration batches."""
-    from optcompiler.executor import observe
+def observe_moments(
+    program: Program, context: PassContext, places: Iterable[Place], covariances: bool
+) -> dict[Place, Moments]:
+    """Statistics at each place over the calibration batches."""
+    from optcompiler.executor import observe, to_torch
 
-    module = program.to_torch(context.ops)
     axes: dict[str, list[int]] = {}
     for value, axis in places:
         axes.setdefault(value, []).append(axis)
-    signed: dict[Place, list[np.ndarray]] = {}
-    absolute: dict[Place, list[np.ndarray]] = {}
+    sums: dict[Place, list[np.ndarray]] = {}
+    products: dict[Place, np.ndarray] = {}
+    firsts: dict[Place, np.ndarray] = {}
+    counts: dict[Place, int] = {}
 
     def note(name: str, tensor: torch.Tensor) -> None:
         for axis in axes[name]:
-            rest = [k for k in range(tensor.ndim) if k != axis]
-            values = tensor.double()
-            signed.setdefault((name, axis), []).append(values.mean(rest).numpy())
-            absolute.setdefault((name, axis), []).append(values.abs().mean(rest).numpy())
+            place = (name, axis)
+            rows = tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis]).double()
+            means = [rows.mean(0).numpy(), rows.abs().mean(0).numpy()]
+            sums[place] = [a + b for a, b in zip(sums.get(place, (0, 0)), means, strict=True)]
+            if covariances and rows.shape[1] <= WIDEST:
+                some = rows[:: -(-len(rows) // ROWS)]
+                products[place] = products.get(place, 0) + (some.T @ some).numpy()
+                firsts[place] = firsts.get(place, 0) + some.sum(0).numpy()
+                counts[place] = counts.get(place, 0) + len(some)
 
-    for batch in context.progress.track(list(context.calibration), "observing channels"):
+    module = to_torch(program, context.ops, trainable=False)
+    batches = list(context.calibration)
+    for batch in context.progress.track(batches, "observing channels"):
         observe(module, batch, note, tuple(axes))
-    return (
-        {place: np.mean(found, axis=0) for place, found in signed.items()},
-        {place: np.mean(found, axis=0) for place, found in absolute.items()},
-    )
+    moments: dict[Place, Moments] = {}
+    for place, (total, total_size) in sums.items():
+        mean, covariance = total / len(batches), None
+        if place in products:
+            first = firsts[place] / counts[place]
+            covariance = products[place] / counts[place] - np.outer(first, first)
+            covariance = covariance.astype(np.float32)
+        moments[place] = Moments(mean, total_size / len(batches), covariance)
+    return moments
 
 
 def taylor_terms(

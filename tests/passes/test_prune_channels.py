@@ -104,7 +104,7 @@ def test_weak_channels_leave_first(importance: Importance) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_candidates_equal_masking(name: str) -> None:
     program = filled_program(NETS[name])
-    pass_ = PruneChannels(keep_ratio=0.5, multiple_of=1, compensate=False)
+    pass_ = PruneChannels(keep_ratio=0.5, multiple_of=1, compensate="none")
     groups = {g.name: g for g in graph_of(program).groups}
     for (site, _), candidate in offers(pass_, program).items():
         check_against_mask(program, groups[site], candidate.details["removed"])
@@ -118,12 +118,13 @@ def test_the_mean_of_what_leaves_goes_to_the_bias() -> None:
     inputs = make_context(program).calibration[0]
     expected = run_onnx(program, dict(inputs))[0]
     errors = []
-    for compensate in (False, True):
+    for compensate in ("none", "mean", "linear"):
         pass_ = PruneChannels(keep_ratio=0.5, compensate=compensate)
         pruned = program.clone()
         offers(pass_, program)["Conv_0", "keep 16 of 32 channels"].rewrite(pruned)
         errors.append(float(np.abs(run_onnx(pruned, dict(inputs))[0] - expected).max()))
     assert errors[1] < 0.2 * errors[0]
+    assert errors[2] < 0.2 * errors[1]
     node = pruned.node("Conv_1")
     assert node is not None
     assert constant(node.inputs[2]) is not None
@@ -171,7 +172,9 @@ def test_measures_that_need_data_decline_without() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(InputError, match=r"keep_ratio 1\.5"):
         PruneChannels(keep_ratio=1.5)
-    with pytest.raises(InputError, match="no importance 'l7'"):
+    with pytest.raises(InputError, match="importance='l7'"):
         PruneChannels(importance="l7")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="multiple_of=0"):
         PruneChannels(multiple_of=0)
+    with pytest.raises(InputError, match="compensate='yes'"):
+        PruneChannels(compensate="yes")  # pyright: ignore[reportArgumentType]
