@@ -31,7 +31,6 @@ from optcompiler.files import files_under, inside, number, plain, sha256_of, to_
 from optcompiler.ledger import Ledger, Row
 from optcompiler.program import Port, Program, port, tensor_hash
 from optcompiler.signature import Signature
-from optcompiler.summary import render
 from optcompiler.target import Target
 
 FORMAT = "optcompiler-artifact"
@@ -95,6 +94,8 @@ def assemble(code: Path, contents: Contents, directory: Path) -> dict[str, Any]:
 
     Returns the manifest. Equal contents and code give equal bytes.
     """
+    from optcompiler.summary import render
+
     directory.mkdir(parents=True, exist_ok=True)
     shutil.move(code, directory / CODE)
     manifest = _manifest(contents)

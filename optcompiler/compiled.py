@@ -15,7 +15,6 @@ from optcompiler.artifact import CODE, MANIFEST, Artifact, is_artifact, open_art
 from optcompiler.errors import InputError
 from optcompiler.files import inside, replacing_directory, write_text
 from optcompiler.signature import is_torch
-from optcompiler.summary import render
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -142,6 +141,8 @@ class Compiled:
 
     def summary(self) -> str:
         """The summary as a table of text, 100 columns wide."""
+        from optcompiler.summary import render
+
         return render(self.manifest, self.ledger, self.measurements)
 
     def report(self, path: str | Path) -> Path:

@@ -303,7 +303,7 @@ def figure(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+        return f"{value + 0.0:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     return _spell(value)
 
 

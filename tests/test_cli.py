@@ -130,6 +130,19 @@ def test_a_gate_that_fails_leaves_nothing_behind(
     assert not (tmp_path / "best").exists()
 
 
+def test_the_best_artifact_is_kept_on_demand(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    error = GateError("the size is over the limit.")
+    best = Compiled(make_artifact(tmp_path / "best"), ToyBackend(), owned=True)
+    error.compiled = best  # type: ignore[attr-defined]
+    fake_compile(monkeypatch, error)
+    result = run("compile", model, "-o", tmp_path / "out", "--keep-best", tmp_path / "kept")
+    assert result.exit_code == 1
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "kept" / "manifest.json").is_file()
+
+
 def test_compile_refuses_a_place_that_is_taken_before_it_starts(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     "--dynamic", multiple=True, callback=dynamic_axes, metavar="NAME:AXIS=SYMBOL",
     help="Keep axis AXIS of input NAME symbolic; may be repeated.",
 )  # fmt: skip
+@click.option(
+    "--keep-best", type=click.Path(path_type=Path), metavar="DIR",
+    help="When a gate fails, write the best artifact that was found here.",
+)  # fmt: skip
 @click.option("--damage", default="kl", show_default=True, help="Measure of damage: kl or nmse.")
 @click.option("--cost-model", default="roofline", show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -56,8 +60,8 @@ def compile_(
     model: str, output: Path, target: str, precision: str, calibration: str | None,
     metric: str | None, smaller_is_better: bool, max_drop: float | None, max_damage: float | None,
     max_latency_ms: float | None, max_size_mb: float | None, search_minutes: float | None,
-    passes: tuple[str, ...], dynamic: dict[str, dict[int, str]] | None, damage: str,
-    cost_model: str, seed: int,
+    passes: tuple[str, ...], dynamic: dict[str, dict[int, str]] | None,
+    keep_best: Path | None, damage: str, cost_model: str, seed: int,
     as_json: bool, registry: Callable[[], Registry],
 ) -> None:  # fmt: skip
     """Compile MODEL and write the artifact to DIR.
@@ -76,8 +80,9 @@ def compile_(
         model_from_reference,
     )
 
-    if output.exists():
-        refuse_other_than_artifact(output)
+    for place in (output, keep_best):
+        if place is not None and place.exists():
+            refuse_other_than_artifact(place)
     budget = _budget(
         metric=metric_from_reference(metric) if metric else None,
         larger_is_better=not smaller_is_better, max_drop=max_drop, max_damage=max_damage,
@@ -95,7 +100,9 @@ def compile_(
     except GateError as error:
         best = getattr(error, "compiled", None)
         if best is not None:
-            best.close()
+            with best:
+                if keep_best is not None:
+                    best.save(keep_best)
         raise
     with compiled:
         compiled.save(output)
