@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,13 +59,17 @@ class Budget:
 
     def describe(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        return {
+        limits = {
             "max_drop": self.max_drop,
-            "metric": getattr(self.metric, "__qualname__", None) if self.metric else None,
-            "larger_is_better": self.larger_is_better,
             "max_damage": self.max_damage,
-            "damage_limit": None if self.damage_limit == float("inf") else self.damage_limit,
+            "damage_limit": self.damage_limit,
             "max_latency_ms": self.max_latency_ms,
             "max_size_mb": self.max_size_mb,
             "search_minutes": self.search_minutes,
+        }
+        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in limits.items()}
+        metric = getattr(self.metric, "__qualname__", type(self.metric).__name__)
+        return finite | {
+            "metric": metric if self.metric else None,
+            "larger_is_better": self.larger_is_better,
         }

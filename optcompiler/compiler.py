@@ -421,7 +421,7 @@ def _gates(
     return [
         {"name": name, "limit": limit, "value": value, "passed": value <= limit}
         for name, limit, value in values
-        if limit is not None and value is not None
+        if limit is not None and value is not None and np.isfinite(limit)
     ]
 
 
