@@ -57,6 +57,7 @@ def test_it_is_listed_with_its_distribution(environment: dict[str, str], tmp_pat
     assert rows["hardswish"]["passes"] == ["hard-activations"]
 
 
+@pytest.mark.slow
 def test_its_candidates_are_chosen_and_in_the_ledger(environment: dict[str, str], tmp_path: Path):
     Program.from_text(
         """<ir_version: 10, opset_import: ["": 20]>

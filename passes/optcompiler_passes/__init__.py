@@ -17,12 +17,13 @@ def optcompiler_passes() -> Iterable[type[Pass]]:
     from optcompiler_passes.fold_batchnorm import FoldBatchNorm
     from optcompiler_passes.fuse_operators import FuseOperators
     from optcompiler_passes.insert_qdq import InsertQdq
+    from optcompiler_passes.move_integers import MoveIntegers
     from optcompiler_passes.pack_weights import PackWeights
     from optcompiler_passes.prune_channels import PruneChannels
     from optcompiler_passes.prune_dead_channels import PruneDeadChannels
     from optcompiler_passes.simplify import Simplify
 
     return [
-        Distill, FoldBatchNorm, FuseOperators, InsertQdq, PackWeights, PruneChannels,
+        Distill, FoldBatchNorm, FuseOperators, InsertQdq, MoveIntegers, PackWeights, PruneChannels,
         PruneDeadChannels, Simplify,
     ]  # fmt: skip

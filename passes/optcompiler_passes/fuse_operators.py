@@ -62,7 +62,7 @@ class FuseOperators(Pass):
     name: ClassVar[str] = "fuse-operators"
     stage: ClassVar[Stage] = Stage.FUSE
     summary: ClassVar[str] = "Group nodes into regions that become one kernel each."
-    after: ClassVar[tuple[str, ...]] = ("pack-weights",)
+    after: ClassVar[tuple[str, ...]] = ("pack-weights", "move-integers")
 
     def propose(self, program: Program, context: PassContext) -> Iterator[Candidate | Decline]:
         def pointwise(node: ir.Node) -> bool:

@@ -251,7 +251,7 @@ def _kernel(group: _Group, constants: set[ir.Value], macs: int, flops: int) -> K
     view = _is(node, *VIEWS)
     return Kernel(
         name=str(node.name),
-        kind=_kind(node),
+        kind=next((k for n in group.nodes if (k := _kind(n)) != "pointwise"), "pointwise"),
         dtype=group.dtype,
         nodes=tuple(str(n.name) for n in group.nodes),
         macs=macs,
