@@ -197,7 +197,8 @@ def test_an_internal_error_writes_a_reproducer(
         ["compile"],
         ["nonsense"],
         ["compile", "m.onnx", "-o", "x", "--seed", "many"],
-        ["compile", "m.onnx", "-o", "x", "--dynamic", "x"],
+        ["compile", "m.onnx", "-o", "x", "--dynamic", "x:y"],
+        ["compile", "m.onnx", "-o", "x", "--dynamic", "n", "--dynamic", "x:0=n"],
         ["compile", "no-such.onnx", "-o", "x"],
         ["compile", "no.module.anywhere:f", "-o", "x"],
         ["compile", "no-such.onnx", "-o", "x", "--max-drop", "1"],
@@ -217,6 +218,14 @@ def test_bad_usage_is_two(arguments: list[str]):
     error = answer(*arguments, code=2)["error"]
     assert error["exit_code"] == 2
     assert error["message"]
+
+
+def test_one_symbol_for_the_first_axis_of_every_input(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = fake_compile(monkeypatch, GateError("no."))
+    assert run("compile", model, "-o", tmp_path / "out", "--dynamic", "batch").exit_code == 1
+    assert given["dynamic"] == "batch"
 
 
 # -- looking --------------------------------------------------------------------------------

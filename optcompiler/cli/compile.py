@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     help="Run this pass instead of the default ones; may be repeated. `default` stands for those.",
 )  # fmt: skip
 @click.option(
-    "--dynamic", multiple=True, callback=dynamic_axes, metavar="NAME:AXIS=SYMBOL",
-    help="Keep axis AXIS of input NAME symbolic; may be repeated.",
+    "--dynamic", multiple=True, callback=dynamic_axes, metavar="[NAME:AXIS=]SYMBOL",
+    help="Keep axis AXIS of input NAME symbolic; SYMBOL alone: axis 0 of every input.",
 )  # fmt: skip
 @click.option(
     "--keep-best", type=click.Path(path_type=Path), metavar="DIR",
@@ -60,7 +60,7 @@ def compile_(
     model: str, output: Path, target: str, precision: str, calibration: str | None,
     metric: str | None, smaller_is_better: bool, max_drop: float | None, max_damage: float | None,
     max_latency_ms: float | None, max_size_mb: float | None, search_minutes: float | None,
-    passes: tuple[str, ...], dynamic: dict[str, dict[int, str]] | None,
+    passes: tuple[str, ...], dynamic: dict[str, dict[int, str]] | str | None,
     keep_best: Path | None, damage: str, cost_model: str, seed: int,
     as_json: bool, registry: Callable[[], Registry],
 ) -> None:  # fmt: skip

@@ -13,15 +13,20 @@ if TYPE_CHECKING:
 
 def dynamic_axes(
     ctx: click.Context, param: click.Parameter, values: Sequence[str]
-) -> dict[str, dict[int, str]] | None:
-    """What `compile(dynamic=...)` takes, from texts of the form `NAME:AXIS=SYMBOL`."""
+) -> dict[str, dict[int, str]] | str | None:
+    """What `compile(dynamic=...)` takes, from one `SYMBOL` or from texts `NAME:AXIS=SYMBOL`."""
+    if len(values) == 1 and values[0].isidentifier():
+        return values[0]
     dynamic: dict[str, dict[int, str]] = {}
     for value in values:
         left, _, symbol = value.rpartition("=")
         name, _, axis = left.rpartition(":")
         if not (name and axis.isdigit() and symbol.isidentifier()):
             raise click.BadParameter(
-                f"{value!r} is not NAME:AXIS=SYMBOL, for example input_ids:1=tokens.", ctx, param
+                f"{value!r} is not NAME:AXIS=SYMBOL, for example input_ids:1=tokens, nor the only "
+                f"SYMBOL.",
+                ctx,
+                param,
             )
         dynamic.setdefault(name, {})[int(axis)] = symbol
     return dynamic or None
