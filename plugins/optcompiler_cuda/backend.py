@@ -51,11 +51,8 @@ class CudaBackend(Backend):
         return kernels_of(lower(program))
 
     def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
-        from safetensors.numpy import save_file
-
         from optcompiler.lowering.lower import lower
         from optcompiler_cuda.emit import emit
-        from optcompiler_cuda.schedule import KERNELS, WEIGHTS
 
         options = options_of(target)
         present = importlib.util.find_spec("triton") is not None
@@ -65,9 +62,7 @@ class CudaBackend(Backend):
                 "pip install optcompiler[cuda]."
             )
         emitted = emit(lower(program))
-        (directory / KERNELS).write_text(emitted.source)
-        emitted.schedule.write(directory)
-        save_file(dict(emitted.weights), directory / WEIGHTS)
+        emitted.write(directory)
         arch = int(options.get("arch", "90"))
         compiled = options.get("precompile", "1") == "1"
         if compiled:
@@ -79,7 +74,7 @@ class CudaBackend(Backend):
             "precompiled": compiled,
             "interpret": options.get("interpret") == "1",
             "kernels": len(emitted.schedule.launches),
-            "functions": emitted.source.count("\ndef "),
+            "functions": len({s.function for s in emitted.schedule.specialisations}),
             "specialisations": len(emitted.schedule.specialisations),
             "arena_bytes": emitted.schedule.arena_bytes,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,14 @@ from optcompiler_cuda.rows import (
     print_reduction,
     print_softmax,
 )
-from optcompiler_cuda.schedule import BufferEntry, Launch, Schedule, Specialisation
+from optcompiler_cuda.schedule import (
+    KERNELS,
+    WEIGHTS,
+    BufferEntry,
+    Launch,
+    Schedule,
+    Specialisation,
+)
 from optcompiler_cuda.spaces import Printed
 from optcompiler_cuda.text import TORCH, Packed
 
@@ -66,6 +74,14 @@ class Emitted:
     source: str
     schedule: Schedule
     weights: Mapping[str, np.ndarray]
+
+    def write(self, directory: Path) -> None:
+        """Write the three files that an artifact runs from."""
+        from safetensors.numpy import save_file
+
+        (directory / KERNELS).write_text(self.source)
+        self.schedule.write(directory)
+        save_file(dict(self.weights), directory / WEIGHTS)
 
 
 @dataclass
