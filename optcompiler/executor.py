@@ -309,6 +309,12 @@ class _Builder:
             self.control(node, scope, outer, attributes, label)
             return
         spec = self.ops.require(node)
+        version = _version(node)
+        if version is not None and version < spec.since:
+            raise UnsupportedOperatorError(
+                f"node {label!r} is {node.op_type} of opset {version}, whose meaning changed in "
+                f"opset {spec.since}; convert the model to that opset or a later one."
+            )
         # An input that the caller of a function left out has no slot.
         slots = [None if v is None else scope.get(v) for v in node.inputs]
 
@@ -513,6 +519,13 @@ def identifier(name: str) -> str:
 
 def _same(x: torch.Tensor) -> torch.Tensor:
     return x
+
+
+def _version(node: ir.Node) -> int | None:
+    """The opset that a node belongs to."""
+    if node.version is not None or node.graph is None:
+        return node.version
+    return node.graph.opset_imports.get(node.domain)
 
 
 def _resolved(node: ir.Node, outer: Mapping[str, Any]) -> dict[str, Any]:

@@ -323,6 +323,15 @@ def test_strings_are_refused() -> None:
         to_torch(Program(ir.from_onnx_text(text)))
 
 
+def test_operators_of_an_older_meaning_are_refused() -> None:
+    text = """
+        <ir_version: 7, opset_import: ["" : 11]>
+        g (float[2,3,4] x) => (float[2,3,4] y) { [old] y = Softmax <axis = 1> (x) }
+    """
+    with pytest.raises(UnsupportedOperatorError, match="'old' is Softmax of opset 11"):
+        to_torch(Program(ir.from_onnx_text(text)))
+
+
 def test_values_of_narrow_and_unsigned_types() -> None:
     for dtype in ("uint16", "uint32", "uint64", "float16", "bfloat16", "int8"):
         text = f"""

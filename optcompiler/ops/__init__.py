@@ -42,6 +42,7 @@ def builtin_specs() -> tuple[OpSpec, ...]:
         reduction,
         resize,
         shape,
+        signal,
     )
 
     families = (
@@ -59,6 +60,7 @@ def builtin_specs() -> tuple[OpSpec, ...]:
         reduction,
         resize,
         shape,
+        signal,
     )
     return tuple(spec for family in families for spec in family.SPECS)
 
