@@ -179,6 +179,10 @@ def _attention(finder: Finder, softmax: ir.Node) -> Found | None:
         result = after.outputs[0]
     tail = finder.grow(result)
     nodes += tail.nodes
+    last = sole_consumer(tail.end)
+    moved = last is not None and is_op(last, "Transpose") and finder.free(last)
+    if last is not None and moved and tail.nodes and result is product.outputs[0]:
+        nodes.append(last)
     return finder.region("attention", product, nodes, tail.stop)
 
 
@@ -236,7 +240,9 @@ def _operand_chain(finder: Finder, value: ir.Value | None) -> list[ir.Node]:
         node = value.producer()
         if node is None or not finder.free(node):
             break
-        if is_op(node, "Transpose"):
+        if is_op(node, "Transpose"):  # noqa: SIM114
+            value = node.inputs[0]
+        elif is_op(node, DEQUANTIZE) and _transposed(finder, node.inputs[0]):
             value = node.inputs[0]
         elif is_op(node, "Mul") and any(is_scalar(v) for v in node.inputs):
             value = next((v for v in node.inputs if not is_scalar(v)), None)
@@ -246,6 +252,14 @@ def _operand_chain(finder: Finder, value: ir.Value | None) -> list[ir.Node]:
             break
         nodes.append(node)
     return nodes
+
+
+def _transposed(finder: Finder, value: ir.Value | None) -> bool:
+    """Whether a Transpose, which may join the region, makes the value for one reader."""
+    if value is None or sole_consumer(value) is None:
+        return False
+    producer = value.producer()
+    return is_op(producer, "Transpose") and finder.free(producer)
 
 
 def _spelled_out_normalization(finder: Finder, mean: ir.Node) -> list[ir.Node]:

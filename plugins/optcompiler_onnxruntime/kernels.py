@@ -230,10 +230,13 @@ def _free_dequantize(node: ir.Node, taken: dict[ir.Node, _Group]) -> bool:
 
 
 def _dtype(node: ir.Node) -> str:
+    """The type of the arithmetic: that of the first float result or operand, else of a result."""
     known = {"FLOAT": "fp32", "DOUBLE": "fp64", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
     values = (*node.outputs, *(v for v in node.inputs if v is not None))
     names = [v.dtype.name for v in values if v.dtype is not None]
-    return next((known[n] for n in names if n in known), "int64" if "INT64" in names else "int8")
+    if found := next((known[n] for n in names if n in known), None):
+        return found
+    return "int64" if names[:1] == ["INT64"] else "int8"
 
 
 def _kernel(group: _Group, constants: set[ir.Value], macs: int, flops: int) -> Kernel:

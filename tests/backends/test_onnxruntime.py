@@ -176,6 +176,26 @@ def test_fused_functions_are_inlined(tmp_path: Path):
     assert [k.macs for k in kernels] == [k.macs for k in kernels_of(Program.from_text(FLOAT))]
 
 
+@pytest.mark.parametrize("program", [Program.from_text(FLOAT), quantized(PATTERNS["conv relu"][0])])
+def test_openvino_loads_it_too(program: Program, tmp_path: Path):
+    openvino = pytest.importorskip("openvino")
+    OnnxRuntimeBackend().lower(program, TARGET, tmp_path)
+    model = openvino.Core().compile_model(
+        str(tmp_path / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    inputs = random_inputs(program)
+    found = model([inputs[p.name] for p in program.inputs])
+    assert_close([found[0]], run_onnx(program, inputs), 0.02)
+
+
+def test_integer_movement_is_predicted_as_such():
+    program = quantized(
+        "[op] r = Reshape (q0, flat) y = DequantizeLinear (r, s, z)".replace("flat", "same")
+    )
+    kernel = next(k for k in kernels_of(program) if k.name == "op")
+    assert (kernel.kind, kernel.dtype) == ("movement", "int8")
+
+
 def test_large_weights_go_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("optcompiler_onnxruntime.backend.EXTERNAL_ABOVE_BYTES", 100)
     monkeypatch.setattr("optcompiler_onnxruntime.backend.EXTERNAL_TENSOR_BYTES", 16)

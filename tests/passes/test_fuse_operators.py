@@ -260,6 +260,32 @@ def test_attention_is_one_region():
     assert [v.name for v in call.inputs] == ["q0", "k0", "v0", "mask"] or len(call.inputs) == 4
 
 
+def test_quantised_attention_takes_transposes_of_integers():
+    before = program("""
+agraph (uint8[1, 4, 2, 3] q, uint8[1, 4, 2, 3] k, uint8[1, 4, 2, 3] v) => (uint8[1, 4, 2, 3] y)
+<float s = {0.05}, uint8 z = {128}, float ps = {0.004}, uint8 pz = {0}> {
+  [tq] q1 = Transpose <perm = [0, 2, 1, 3]> (q)
+  [dq] q2 = DequantizeLinear (q1, s, z)
+  [tk] k1 = Transpose <perm = [0, 2, 3, 1]> (k)
+  [dk] k2 = DequantizeLinear (k1, s, z)
+  [tv] v1 = Transpose <perm = [0, 2, 1, 3]> (v)
+  [dv] v2 = DequantizeLinear (v1, s, z)
+  [scores] s0 = MatMul (q2, k2)
+  [softmax] p = Softmax <axis = -1> (s0)
+  [qp] p1 = QuantizeLinear (p, ps, pz)
+  [dp] p2 = DequantizeLinear (p1, ps, pz)
+  [context] c = MatMul (p2, v2)
+  [qc] c1 = QuantizeLinear (c, s, z)
+  [tc] y = Transpose <perm = [0, 2, 1, 3]> (c1)
+}
+""")
+    [candidate], _ = proposals(FuseOperators(), before)
+    assert candidate.site == "context"
+    assert set(candidate.nodes) == {str(n.name) for n in before.graph}
+    after, _ = apply_all(FuseOperators(), before)
+    assert len(after.graph) == 1
+
+
 def test_kinds_are_those_of_the_backend():
     before = program(ATTENTION)
     context = make_context(
