@@ -107,6 +107,7 @@ def program_from_exported(
             raise _conversion_error(error) from error
     _check_stateless(converted.exported_program)
     model: ir.Model = converted.model
+    _copy_returned_weights(model.graph)
     _share_weights(model.graph)
     _rename_symbols(model.graph, symbols)
     program = program_from_onnx(model)
@@ -335,12 +336,23 @@ def _reached(graph: torch.fx.Graph, name: str) -> set[str]:
     return seen
 
 
+def _copy_returned_weights(graph: ir.Graph) -> None:
+    """A buffer that is a result too gets an Identity, and so keeps its name in the state dict."""
+    for index, value in enumerate(tuple(graph.outputs)):
+        if value.is_initializer():
+            identity = ir.Node("", "Identity", [value])
+            output = identity.outputs[0]
+            output.type, output.shape = value.type, value.shape
+            graph.append(identity)
+            graph.outputs[index] = output
+
+
 def _share_weights(graph: ir.Graph) -> None:
     """Initializers over the same memory become one, under the name that comes first."""
     first: dict[tuple[Any, ...], ir.Value] = {}
     for name, value in tuple(graph.initializers.items()):
         raw = getattr(value.const_value, "raw", None)
-        if not isinstance(raw, torch.Tensor) or raw.numel() == 0 or value.is_graph_output():
+        if not isinstance(raw, torch.Tensor) or raw.numel() == 0:
             continue
         key = (raw.device, raw.data_ptr(), raw.dtype, tuple(raw.shape), raw.stride())
         kept = first.setdefault(key, value)

@@ -282,10 +282,26 @@ def _declutter(model: ir.Model, label: str) -> None:
         raise InputError(
             f"{label}: not a valid ONNX model ({_one_line(error)}); export the model again."
         ) from error
+    _round_attributes(model)
     for graph in _graphs(model):
         for name, value in graph.initializers.items():
             if value.const_value is not None:
                 value.const_value = _own(value.const_value, name)
+
+
+def _round_attributes(model: ir.Model) -> None:
+    """Float attributes take the float32 value that a file would hold."""
+    for graph in _graphs(model):
+        for node in graph:
+            for name, attribute in tuple(node.attributes.items()):
+                if attribute.is_ref():
+                    continue
+                if attribute.type == ir.AttributeType.FLOAT:
+                    rounded = float(np.float32(attribute.as_float()))
+                    node.attributes[name] = ir.AttrFloat32(name, rounded)
+                elif attribute.type == ir.AttributeType.FLOATS:
+                    several = [float(np.float32(f)) for f in attribute.as_floats()]
+                    node.attributes[name] = ir.AttrFloat32s(name, several)
 
 
 def _fill_value_names(model: ir.Model) -> None:
