@@ -176,8 +176,11 @@ def test_fused_functions_are_inlined(tmp_path: Path):
     assert [k.macs for k in kernels] == [k.macs for k in kernels_of(Program.from_text(FLOAT))]
 
 
-@pytest.mark.parametrize("program", [Program.from_text(FLOAT), quantized(PATTERNS["conv relu"][0])])
-def test_openvino_loads_it_too(program: Program, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("program", "step"),
+    [(Program.from_text(FLOAT), 1e-5), (quantized(PATTERNS["conv relu"][0]), 0.0201)],
+)
+def test_openvino_loads_it_too(program: Program, step: float, tmp_path: Path):
     openvino = pytest.importorskip("openvino")
     OnnxRuntimeBackend().lower(program, TARGET, tmp_path)
     model = openvino.Core().compile_model(
@@ -185,7 +188,7 @@ def test_openvino_loads_it_too(program: Program, tmp_path: Path):
     )
     inputs = random_inputs(program)
     found = model([inputs[p.name] for p in program.inputs])
-    assert_close([found[0]], run_onnx(program, inputs), 0.02)
+    assert float(np.abs(found[0] - run_onnx(program, inputs)[0]).max()) <= step
 
 
 def test_integer_movement_is_predicted_as_such():
