@@ -9,7 +9,8 @@ their own, the branches of a residual sum into one, and a flattened channel is a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +80,10 @@ class ChannelGroup:
 class ChannelGraph:
     """The channel groups of a program under an operator table.
 
-    `axes` is the `networkx.MultiGraph` of `(value name, axis)` with the index arrays of each
-    coupling on its edges; an axis with a symbolic extent is no part of it. `summed` has the nodes
-    that sum over an axis. An operator without a channel rule pins all its axes, and so do the
-    inputs and outputs of the program.
+    `axes` is the `networkx.MultiGraph` of `(value name, axis)` with the couplings on its edges
+    and the number of channels that each ties; an axis with a symbolic extent is no part of it.
+    `summed` has the nodes that sum over an axis. An operator without a channel rule pins all its
+    axes, and so do the inputs and outputs of the program.
     """
 
     def __init__(self, program: Program, ops: OpTable) -> None:
@@ -100,11 +101,19 @@ class ChannelGraph:
             self._pin(value, f"reaches input {value.name!r}")
         for value in program.graph.outputs:
             self._pin(value, f"reaches output {value.name!r}")
-        self.groups: tuple[ChannelGroup, ...] = tuple(self._find_groups())
+        self._order = {str(n.name): i for i, n in enumerate(program.graph)}
+
+    @functools.cached_property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """All groups in graph order of their first producers."""
+        return tuple(self._named(nx.connected_components(self.axes)))
 
     def group(self, name: str) -> ChannelGroup | None:
-        """The group with this name, or None."""
-        return next((g for g in self.groups if g.name == name), None)
+        """The group with this name, or None; looks at the axes that it may hang together with."""
+        producer = name.partition("#")[0]
+        mine = [k for k, nodes in self._made.items() if producer in nodes]
+        near = {frozenset(nx.node_connected_component(self.axes, k)) for k in mine}
+        return next((g for g in self._named(near) if g.name == name), None)
 
     def consumed(self, group: ChannelGroup, node: ir.Node) -> Member | None:
         """The group's member on the first operand of a node that sums over it, or None."""
@@ -153,14 +162,12 @@ class ChannelGraph:
         if source is None or target is None:
             return False
         count = coupling.count if coupling.count >= 0 else source - coupling.source_offset
-        first = np.arange(coupling.source_offset, coupling.source_offset + count)
-        second = np.arange(coupling.target_offset, coupling.target_offset + count * coupling.repeat)
-        if count and (first[-1] >= source or second[-1] >= target):
+        if coupling.source_offset + count > source:
             return False
-        pair = (np.repeat(first, coupling.repeat), second)
-        self.axes.add_edge(
-            _key(coupling.source), _key(coupling.target), source=_key(coupling.source), maps=pair
-        )
+        if coupling.target_offset + count * coupling.repeat > target:
+            return False
+        edge = (coupling, count)
+        self.axes.add_edge(_key(coupling.source), _key(coupling.target), coupling=edge)
         return True
 
     def _pin(self, value: ir.Value, reason: str) -> None:
@@ -169,12 +176,12 @@ class ChannelGraph:
 
     # -- groups -----------------------------------------------------------------------------
 
-    def _find_groups(self) -> Iterator[ChannelGroup]:
-        order = {str(n.name): i for i, n in enumerate(self.program.graph)}
+    def _named(self, components: Iterable[Iterable[Key]]) -> Iterator[ChannelGroup]:
+        order = self._order
         found: list[tuple[list[str], np.ndarray, list[Member]]] = []
-        for component in nx.connected_components(self.axes):
+        for component in map(frozenset, components):
             if not component.isdisjoint(self._made):
-                found += self._split(component, order)
+                found += self._split(component)
         found.sort(key=lambda item: (order[item[0][0]], int(np.argmax(item[1] >= 0))))
         seen: dict[str, int] = {}
         for producers, rows, members in found:
@@ -199,15 +206,20 @@ class ChannelGraph:
             )
 
     def _split(
-        self, component: set[Key], order: dict[str, int]
+        self, component: frozenset[Key]
     ) -> Iterator[tuple[list[str], np.ndarray, list[Member]]]:
         """Groups of one component: (producers, channels by row of the first one, members)."""
         keys = sorted(component)
         extents = [int(_extent(Axis(self._values[v], a)) or 0) for v, a in keys]
         starts = dict(zip(keys, np.cumsum([0, *extents]).tolist(), strict=False))
-        pairs = [
-            (maps[0] + starts[a], maps[1] + starts[b]) for a, b, maps in self._oriented(component)
-        ]
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        edges: Iterable[tuple[Key, Key, tuple[Coupling, int]]]
+        edges = self.axes.edges(keys, data="coupling")
+        for _, _, (coupling, count) in edges:
+            source, target = starts[_key(coupling.source)], starts[_key(coupling.target)]
+            first = np.arange(count) + source + coupling.source_offset
+            second = np.arange(count * coupling.repeat) + target + coupling.target_offset
+            pairs.append((np.repeat(first, coupling.repeat), second))
         label = _connected(sum(extents), pairs)
         roots, channel = np.unique(label, return_inverse=True)
         touches = np.zeros((len(roots), len(keys)), np.bool_)
@@ -221,7 +233,7 @@ class ChannelGraph:
             makers = {n for k in held for n in self._made.get(keys[k], ())}
             if not makers:
                 continue
-            producers = sorted(makers, key=order.__getitem__)
+            producers = sorted(makers, key=self._order.__getitem__)
             made_at = next(k for k in held if producers[0] in self._made.get(keys[k], ()))
             span = channel[starts[keys[made_at]] :][: extents[made_at]]
             numbers = np.full(len(roots), -1)
@@ -231,12 +243,6 @@ class ChannelGraph:
                 Member(*keys[k], numbers[channel[starts[keys[k]] :][: extents[k]]]) for k in held
             ]
             yield producers, numbers[span], members
-
-    def _oriented(self, component: set[Key]) -> Iterator[tuple[Key, Key, Any]]:
-        for a, b, data in self.axes.subgraph(component).edges(data=True):
-            first, second = data["maps"]
-            swap = data["source"] != a
-            yield (a, b, (second, first) if swap else (first, second))
 
     # -- editing ----------------------------------------------------------------------------
 
@@ -283,23 +289,25 @@ def remove_channels(
     ops: OpTable,
     group: ChannelGroup,
     channels: Sequence[int],
-    constants: Mapping[str, np.ndarray] | None = None,
+    make_up: Callable[[ChannelGraph, ChannelGroup], Mapping[str, np.ndarray]] | None = None,
 ) -> None:
     """Take channels out of the group of `program` that is the same as `group`.
 
-    `group` may come from an earlier state of the program. `constants` holds, by consumer, the value
-    that each of its input channels stands for: what the leaving ones contributed goes to its bias
-    (see `absorb`). Raises `Declined` when the program has no such group any more, or one of other
-    channels.
+    `group` may come from an earlier state of the program. `make_up` is called with the group as it
+    is now, may change weights, and gives by consumer the value that each input channel stands for:
+    what the leaving ones contributed goes to the consumer's bias (see `absorb`). Raises `Declined`
+    when the program has no such group any more, or one of other channels.
     """
+    unshare_vectors(program)
     graph = ChannelGraph(program, ops)
     now = same_group(graph, group)
+    constants: Mapping[str, np.ndarray] = make_up(graph, now) if make_up is not None else {}
     before = len(program.graph.initializers), len(program.graph)
-    for name, values in (constants or {}).items():
+    for name, values in constants.items():
         node = program.node(name)
         member = graph.consumed(now, node) if node is not None else None
-        if node is None or member is None or len(member.channel_of) != len(values):
-            raise Declined(f"{name!r} does not consume the channel group {group.name!r} any more.")
+        assert node is not None
+        assert member is not None
         leaving = np.isin(member.channel_of, channels)
         if np.any(values[leaving]):
             absorb(program, node, np.where(leaving, values, 0.0))
@@ -308,6 +316,23 @@ def remove_channels(
         graph = ChannelGraph(program, ops)
         now = same_group(graph, group)
     graph.remove(now, channels)
+
+
+def unshare_vectors(program: Program) -> None:
+    """Give each node its own copy of a floating-point vector that several use.
+
+    Exporters store equal tensors once. Zero biases would tie layers that have nothing else in
+    common; matrices are shared on purpose and stay so.
+    """
+    for value in list(program.graph.initializers.values()):
+        tensor, users = value.const_value, list(value.uses())
+        if tensor is None or len(users) < 2 or not ir.DataType(tensor.dtype).is_floating_point():
+            continue
+        if tensor.size < 2 or max(tensor.shape.numpy()) != tensor.size:
+            continue
+        for use in users[1:]:
+            copy = ir.tensor(tensor.numpy(), dtype=tensor.dtype)
+            use.node.replace_input_with(use.idx, program.add_weight(str(value.name), copy))
 
 
 def same_group(graph: ChannelGraph, group: ChannelGroup) -> ChannelGroup:

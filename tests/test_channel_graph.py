@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optcompiler.channels import ChannelGraph, ChannelGroup, remove_channels
+from optcompiler.channels import ChannelGraph, ChannelGroup, remove_channels, unshare_vectors
 from optcompiler.errors import Declined
 from optcompiler.ops import builtin_table
 from optcompiler.program import Program, constant, static_shape
@@ -347,6 +347,26 @@ def test_shared_weights_are_cut_for_both_users() -> None:
     group = graph_of(program).groups[0]
     assert group.producers == (by_output(program, "a"), by_output(program, "b"))
     assert static_shape(check_against_mask(program, group, [3, 4]).value("w1")) == (8, 10)
+
+
+def test_equal_vectors_stored_once_tie_nothing() -> None:
+    program = filled_program(
+        f"""{HEAD}
+        zeros (float[2,8] x) => (float[2,3] y)
+        <float[8,6] w1, float[6] zero, float[6,6] w2, float[6,3] w3> {{
+          a = Gemm (x, w1, zero)
+          b = Gemm (a, w2, zero)
+          y = Gemm (b, w3)
+        }}""",
+        zero=np.zeros(6),
+    )
+    assert len(free_groups(graph_of(program))) == 1
+    unshared = program.clone()
+    unshare_vectors(unshared)
+    first, second = free_groups(graph_of(unshared)).values()
+    check_against_mask(unshared, first, [0, 5])
+    remove_channels(program, builtin_table(), second, [1])
+    assert static_shape(program.value("w2")) == (6, 5)
 
 
 def test_shared_shape_constants_are_split() -> None:

@@ -18,7 +18,7 @@ from optcompiler.channels import (
     absorb_obstacle,
     remove_channels,
     reroute,
-    same_group,
+    unshare_vectors,
 )
 from optcompiler.errors import InputError
 from optcompiler.ops.spec import OpTable
@@ -106,6 +106,8 @@ class PruneChannels(Pass):
         return self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,)
 
     def propose(self, program: Program, context: PassContext) -> Iterable[Candidate | Decline]:
+        program = program.clone()
+        unshare_vectors(program)
         graph = ChannelGraph(program, context.ops)
         free: list[ChannelGroup] = []
         for group in graph.groups:
@@ -194,20 +196,22 @@ def prune(
     moments: Mapping[Place, Moments],
 ) -> None:
     """Remove channels of a group; consumers with `moments` of what they read make up for them."""
-    graph = ChannelGraph(program, ops)
-    now = same_group(graph, group)
-    constants: dict[str, np.ndarray] = {}
-    for name in now.consumers:
-        node = program.node(name)
-        assert node is not None
-        member = graph.consumed(now, node)
-        if member is None or absorb_obstacle(node):
-            continue
-        seen = moments.get((member.value, member.axis))
-        then = group.member(node.inputs[0], member.axis)
-        if seen is not None and then is not None:
-            constants[name] = _made_up_for(program, node, member, then, gone, seen)
-    remove_channels(program, ops, group, gone, constants)
+
+    def make_up(graph: ChannelGraph, now: ChannelGroup) -> dict[str, np.ndarray]:
+        constants: dict[str, np.ndarray] = {}
+        for name in now.consumers:
+            node = program.node(name)
+            assert node is not None
+            member = graph.consumed(now, node)
+            if member is None or absorb_obstacle(node):
+                continue
+            seen = moments.get((member.value, member.axis))
+            then = group.member(node.inputs[0], member.axis)
+            if seen is not None and then is not None:
+                constants[name] = _made_up_for(program, node, member, then, gone, seen)
+        return constants
+
+    remove_channels(program, ops, group, gone, make_up)
 
 
 def _made_up_for(

@@ -18,7 +18,7 @@ from optcompiler.channels import (
     Member,
     absorb_obstacle,
     remove_channels,
-    same_group,
+    unshare_vectors,
 )
 from optcompiler.ops.channels import dims, integers, row_major
 from optcompiler.ops.spec import OpTable, attributes_of
@@ -61,6 +61,7 @@ class PruneDeadChannels(Pass):
 
     def propose(self, program: Program, context: PassContext) -> Iterable[Candidate | Decline]:
         working = program.clone()
+        unshare_vectors(working)
         for round_ in range(1, self.max_rounds + 1):
             graph = ChannelGraph(working, context.ops)
             bounds = intervals(working)
@@ -117,13 +118,15 @@ def _candidate(
 
 def remove_dead(program: Program, ops: OpTable, group: ChannelGroup, dead: Sequence[int]) -> None:
     """Remove channels of a group, after proving again, on this program, that they are dead."""
-    graph = ChannelGraph(program, ops)
-    now = same_group(graph, group)
-    verdict = judge(graph, now, intervals(program))
-    alive = sorted(set(dead) - set(verdict.dead))
-    if alive:
-        raise Declined(f"{len(alive)} of {len(dead)} channels of {group.name!r} are not dead here.")
-    remove_channels(program, ops, group, dead, dict(verdict.leftovers))
+
+    def prove(graph: ChannelGraph, now: ChannelGroup) -> dict[str, np.ndarray]:
+        verdict = judge(graph, now, intervals(graph.program))
+        alive = len(set(dead) - set(verdict.dead))
+        if alive:
+            raise Declined(f"{alive} of {len(dead)} channels of {group.name!r} are not dead here.")
+        return dict(verdict.leftovers)
+
+    remove_channels(program, ops, group, dead, prove)
 
 
 def judge(graph: ChannelGraph, group: ChannelGroup, bounds: dict[str, Interval]) -> Verdict:
