@@ -109,17 +109,16 @@ def print_module(lowered: Lowered, isa: Isa) -> Module:
         rows.append(f"{{{name}, {len(refs)}, {int(not code.parallel)}}}, /* {step.name} */")
         refs += [_ref(p, blob, ports) for p in code.pointers]
     weights, mark = blob.finish()
-    header = _kernels_header(names, tiles)
-    units = _units(names)
     runtime = resources.files("optcompiler_cpu") / "runtime"
     sources = {
         "net.h": (runtime / "net.h").read_text(),
         "simd.h": (runtime / "simd.h").read_text(),
-        "kernels.h": header,
-        "tiles.c": _tiles(tiles),
+        "kernels.h": _kernels_header(names, tiles),
     }
-    for i, unit in enumerate(units):
-        sources[f"kernels_{i}.c"] = '#include "kernels.h"\n\n' + "\n".join(unit)
+    for i, unit in enumerate(_units(names, tiles)):
+        sources[f"kernels_{i}.c"] = "\n".join(
+            ['#include "kernels.h"', '#include "simd.h"\n', *unit]
+        )
     arena = -(-(lowered.arena_bytes + 2 * ALIGNMENT) // ALIGNMENT) * ALIGNMENT
     scratch = -(-(scratch + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
     tables = "\n".join(
@@ -165,7 +164,7 @@ def _kernels_header(names: Mapping[str, str], tiles: set[tuple[str, int, int]]) 
         "/* Kernels of this network; each computes its share `part` of `parts`. */",
         "#ifndef OC_KERNELS_H",
         "#define OC_KERNELS_H",
-        '#include "simd.h"',
+        "#include <stdint.h>",
         "",
         "struct oc_block { int n, stop, vectors, rows, tiles; long init, a, w; };",
         "",
@@ -197,19 +196,18 @@ PACK = """void pack_f32(float *panel, const float *b, long depth, int columns, i
 """
 
 
-def _tiles(tiles: set[tuple[str, int, int]]) -> str:
-    parts = [print_tile(kind, vectors, rows) for kind, vectors, rows in sorted(tiles)]
-    return "\n".join(['#include "kernels.h"\n', *parts, PACK])
-
-
-def _units(names: Mapping[str, str]) -> list[list[str]]:
+def _units(names: Mapping[str, str], tiles: set[tuple[str, int, int]]) -> list[list[str]]:
+    """The text of each translation unit: tiles first, then kernels in order."""
+    texts = [print_tile(kind, vectors, rows) for kind, vectors, rows in sorted(tiles)]
+    texts.append(PACK)
+    texts += [text.replace("@", name) for text, name in names.items()]
     units: list[list[str]] = [[]]
     size = 0
-    for text, name in names.items():
+    for text in texts:
         if size > UNIT_BYTES:
             units.append([])
             size = 0
-        units[-1].append(text.replace("@", name))
+        units[-1].append(text)
         size += len(text)
     return units
 

@@ -1,0 +1,458 @@
+"""Backend cpu: numbers against ONNX Runtime for every instruction set, threads, names, errors."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from optcompiler_cpu.backend import CpuBackend
+from optcompiler_cpu.isa import ISAS, supported
+
+from optcompiler.errors import InputError, ToolchainError, UnsupportedOperatorError
+from optcompiler.program import Program
+from optcompiler.target import Target
+from tests.support import assert_close, random_inputs, run_onnx
+
+HEAD = '<ir_version: 10, opset_import: ["": 20]> g '
+HERE = [name for name, isa in ISAS.items() if supported(isa)]
+WHOLE = np.ndarray | tuple[int, ...]
+
+
+def program(body: str, **weights: WHOLE) -> Program:
+    """A program in ONNX text; weights are arrays, or shapes to fill with seeded normal numbers."""
+    model = onnx.parser.parse_model(HEAD + body)
+    rng = np.random.default_rng(0)
+    for name, value in weights.items():
+        array = (
+            value
+            if isinstance(value, np.ndarray)
+            else rng.standard_normal(value).astype(np.float32)
+        )
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return Program.from_onnx(model)
+
+
+def compiled(
+    source: Program, directory: Path, isa: str, inputs: dict[str, np.ndarray], threads: int = 1
+) -> list[np.ndarray]:
+    directory.mkdir(exist_ok=True)
+    backend = CpuBackend()
+    info = backend.lower(source, Target("cpu", threads=threads, isa=isa), directory)
+    runner = backend.load(directory, info, threads=threads)
+    try:
+        return runner.run(inputs)
+    finally:
+        runner.close()
+
+
+FLOATS = {
+    "block": (
+        """(float[1, 3, 17, 13] x) => (float[1, 5] y) {
+            c0 = Conv<pads = [1, 1, 1, 1], strides = [2, 2]>(x, w0, b0)
+            r0 = Relu(c0)
+            m0 = MaxPool<kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [1, 1]>(r0)
+            c1 = Conv<pads = [1, 1, 1, 1], group = 20>(m0, w1)
+            c2 = Conv<pads = [2, 0, 1, 1], dilations = [2, 1], group = 2>(c1, w2, b2)
+            c3 = Conv<kernel_shape = [1, 1]>(m0, w3)
+            p3 = Pad(c3, pads)
+            a2 = AveragePool<kernel_shape = [2, 3], pads = [0, 1, 1, 1], strides = [1, 1]>(c2)
+            k2 = Slice(a2, zero, height, two)
+            g2 = GlobalAveragePool(c2)
+            h2 = HardSwish(g2)
+            f2 = Flatten(h2)
+            q2 = GlobalMaxPool(p3)
+            e2 = Flatten(q2)
+            s2 = Sub(f2, e2)
+            u2 = ReduceMean<keepdims = 0>(k2, axes)
+            v2 = Add(s2, u2)
+            y = Gemm<transB = 1, beta = 0.5>(v2, w4, b4)
+        }""",
+        {
+            "w0": (20, 3, 3, 3), "b0": (20,), "w1": (20, 1, 3, 3), "w2": (8, 10, 3, 3), "b2": (8,),
+            "w3": (8, 20, 1, 1), "pads": np.array([0, 0, 1, 0, 0, 0, 0, 1]), "w4": (5, 8),
+            "b4": (1, 5), "zero": np.array([1]), "height": np.array([4]), "two": np.array([2]),
+            "axes": np.array([2, 3]),
+        },
+    ),
+    "attention": (
+        """(int64[1, 6] ids, bool[1, 6] mask) => (float[1, 6, 12] y) {
+            e = Gather(table, ids)
+            n = LayerNormalization(e, s, b)
+            m = MatMul(n, w)
+            mb = Add(m, wb)
+            q, k, v = Split<axis = 2, num_outputs = 3>(mb)
+            qs = Reshape(q, heads)
+            ks = Reshape(k, heads)
+            vs = Reshape(v, heads)
+            qt = Transpose<perm = [0, 2, 1, 3]>(qs)
+            kt = Transpose<perm = [0, 2, 3, 1]>(ks)
+            vt = Transpose<perm = [0, 2, 1, 3]>(vs)
+            d = MatMul(qt, kt)
+            dd = Mul(d, scale)
+            ex = Unsqueeze(mask, twelve)
+            dm = Where(ex, dd, low)
+            p = Softmax<axis = -1>(dm)
+            nan = IsNaN(p)
+            pp = Where(nan, zero, p)
+            o = MatMul(pp, vt)
+            ot = Transpose<perm = [0, 2, 1, 3]>(o)
+            oo = Reshape(ot, merged)
+            r = Add(oo, e)
+            g = Gelu(r)
+            y = Mul(g, g)
+        }""",
+        {
+            "table": (9, 12), "s": (12,), "b": (12,), "w": (12, 36), "wb": (36,),
+            "heads": np.array([0, 0, 3, 4]), "scale": np.array(0.5, np.float32),
+            "twelve": np.array([1, 2]), "low": np.array(-1e9, np.float32),
+            "zero": np.array(0, np.float32), "merged": np.array([0, 0, 12]),
+        },
+    ),
+    "odds": (
+        """(float[3, 21] x, int64[3, 5] i) => (float[3, 21] a, int64[3, 5] b, bool[3, 5] c,
+            float[21, 3] d, float[3, 1] e, float[6, 21] f, float[3, 2] g, int32[3, 5] h) {
+            t = Tanh(x)
+            u = Sigmoid(t)
+            v = Erf(u)
+            w = Exp(v)
+            o = Log(w)
+            z = Pow(o, three)
+            a = Clip(z, low, high)
+            j = Mul(i, two)
+            b = CumSum(j, one)
+            c = GreaterOrEqual(i, j)
+            d = Transpose(a)
+            e = ReduceMax(x, axis)
+            f = Concat<axis = 0>(a, x)
+            s = Slice(x, start, end, axis, step)
+            g = Softplus(s)
+            h = Cast<to = 6>(i)
+        }""",
+        {
+            "three": np.array(3, np.float32), "low": np.array(0.1, np.float32),
+            "high": np.array(0.9, np.float32), "two": np.array([2]), "one": np.array(1),
+            "axis": np.array([1]), "start": np.array([-1]), "end": np.array([0]),
+            "step": np.array([-10]),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("name", FLOATS)
+def test_float_programs_agree_with_onnx_runtime(name: str, isa: str, tmp_path: Path) -> None:
+    body, weights = FLOATS[name]
+    source = program(body, **weights)
+    inputs = random_inputs(source, 3)
+    assert_close(compiled(source, tmp_path, isa, inputs), run_onnx(source, inputs), 1e-5)
+
+
+def scale(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).uniform(0.01, 0.03, shape).astype(np.float32)
+
+
+def integers(*shape: int) -> np.ndarray:
+    return np.random.default_rng(2).integers(-127, 128, shape).astype(np.int8)
+
+
+def zeros(dtype: type, *shape: int) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+NUMBERS = {
+    "sx": np.array(0.03, np.float32), "zx": np.array(120, np.uint8),
+    "sy": np.array(0.11, np.float32), "zy": np.array(7, np.uint8),
+    "sr": np.array(0.2, np.float32), "zr": np.array(0, np.uint8),
+}  # fmt: skip
+
+INTEGERS = {
+    "convolutions": (
+        """(float[1, 3, 11, 9] x) => (float[1, 20, 1, 1] y, uint8[1, 20, 6, 5] z) {
+            q = QuantizeLinear(x, sx, zx)
+            d = DequantizeLinear(q, sx, zx)
+            w0d = DequantizeLinear<axis = 0>(w0, s0, z20)
+            b0d = DequantizeLinear<axis = 0>(b0, s0b)
+            c = Conv<pads = [1, 1, 1, 1], strides = [2, 2]>(d, w0d, b0d)
+            r = Relu(c)
+            rq = QuantizeLinear(r, sr, zr)
+            rd = DequantizeLinear(rq, sr, zr)
+            w1d = DequantizeLinear<axis = 0>(w1, s1, z20)
+            e = Conv<pads = [1, 1, 1, 1], group = 20>(rd, w1d, bf)
+            eq = QuantizeLinear(e, sy, zy)
+            ed = DequantizeLinear(eq, sy, zy)
+            w2q = QuantizeLinear<axis = 0>(w2, s0, z20)
+            w2d = DequantizeLinear<axis = 0>(w2q, s0, z20)
+            f = Conv(ed, w2d)
+            fq = QuantizeLinear(f, sy, zy)
+            fd = DequantizeLinear(fq, sy, zy)
+            a = Add(fd, rd)
+            aq = QuantizeLinear(a, sr, zr)
+            ad = DequantizeLinear(aq, sr, zr)
+            m = MaxPool<kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [1, 1]>(ad)
+            z = QuantizeLinear(m, sr, zr)
+            md = DequantizeLinear(z, sr, zr)
+            g = GlobalAveragePool(md)
+            gq = QuantizeLinear(g, sr, zr)
+            y = DequantizeLinear(gq, sr, zr)
+        }""",
+        {
+            "w0": integers(20, 3, 3, 3), "s0": scale(20), "b0": np.arange(20, dtype=np.int32) * 50,
+            "s0b": scale(20) * np.float32(0.03), "z20": zeros(np.int8, 20),
+            "w1": integers(20, 1, 3, 3), "s1": scale(20), "bf": (20,), "w2": (20, 20, 1, 1),
+            **NUMBERS,
+        },
+    ),
+    "products": (
+        """(float[2, 5, 11] x) => (uint8[2, 5, 35] y, float[10, 6] z, float[2, 5, 11] k) {
+            q = QuantizeLinear(x, sx, zx)
+            d = DequantizeLinear(q, sx, zx)
+            w0d = DequantizeLinear(w0, sy, zw)
+            m = MatMul(d, w0d)
+            mb = Add(m, b0)
+            mg = Gelu(mb)
+            y = QuantizeLinear(mg, sr, zx)
+            md = DequantizeLinear(y, sr, zx)
+            f = Reshape(md, flat)
+            w1d = DequantizeLinear<axis = 0>(w1, s1, z6)
+            b1d = DequantizeLinear<axis = 0>(b1, s1b)
+            z = Gemm<transB = 1>(f, w1d, b1d)
+            u = Mul(d, d)
+            uq = QuantizeLinear(u, sr, zr)
+            ud = DequantizeLinear(uq, sr, zr)
+            k = LayerNormalization(ud, one)
+        }""",
+        {
+            "w0": integers(11, 35), "zw": np.array(0, np.int8), "b0": (35,),
+            "w1": integers(6, 35), "s1": scale(6), "z6": zeros(np.int8, 6),
+            "b1": np.arange(6, dtype=np.int32), "s1b": scale(6) * np.float32(0.2),
+            "flat": np.array([10, 35]), "one": (11,), **NUMBERS,
+        },
+    ),
+    "signed": (
+        """(int8[3, 10] x, float[1, 4, 5, 5] i) => (int8[3, 7] y, int8[1, 4, 5, 5] j) {
+            d = DequantizeLinear(x, sx, zs)
+            w0d = DequantizeLinear<axis = 1>(w0, s0, z7)
+            m = MatMul(d, w0d)
+            y = QuantizeLinear(m, sy, zs)
+            iq = QuantizeLinear(i, sx, zs)
+            id = DequantizeLinear(iq, sx, zs)
+            w1d = DequantizeLinear(w1, sx, zi)
+            c = Conv<pads = [1, 1, 1, 1]>(id, w1d)
+            j = QuantizeLinear(c, sy, zs)
+        }""",
+        {
+            "w0": integers(10, 7), "s0": scale(7), "z7": zeros(np.int8, 7),
+            "zs": np.array(-3, np.int8), "zi": np.array(0, np.int8), "w1": integers(4, 4, 3, 3),
+            "sx": NUMBERS["sx"], "sy": NUMBERS["sy"],
+        },
+    ),
+}  # fmt: skip
+
+
+def steps_apart(got: np.ndarray, want: np.ndarray, step: float) -> float:
+    return float(np.max(np.abs(got.astype(np.float64) - want.astype(np.float64)))) / step
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integer_programs_agree_and_are_equal_on_every_isa(name: str, tmp_path: Path) -> None:
+    body, weights = INTEGERS[name]
+    source = program(body, **weights)
+    inputs = random_inputs(source, 5)
+    want = run_onnx(source, inputs)
+    results = [compiled(source, tmp_path / isa, isa, inputs) for isa in HERE]
+    for got, expected in zip(results[0], want, strict=True):
+        if np.issubdtype(expected.dtype, np.floating):
+            apart = steps_apart(got, expected, max(float(np.abs(expected).max()) / 255, 1e-6))
+            assert apart <= 1.01
+        else:
+            difference = np.abs(got.astype(int) - expected.astype(int))
+            assert difference.max() <= 1
+            assert (difference == 0).mean() > 0.95
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            if a.dtype != np.float32 and name != "products":
+                np.testing.assert_array_equal(a, b)
+
+
+def test_integer_contractions_are_integer_kernels() -> None:
+    body, weights = INTEGERS["convolutions"]
+    kernels = CpuBackend().kernels(program(body, **weights), Target("cpu", threads=1))
+    types = [k.dtype for k in kernels if k.kind in {"conv", "depthwise"}]
+    assert types == ["int8"] * 3
+    assert all(k.macs > 0 for k in kernels if k.kind in {"conv", "depthwise"})
+
+
+def test_results_do_not_depend_on_threads(tmp_path: Path) -> None:
+    source = program(
+        """(float[1, 8, 40, 40] x) => (float[1, 40, 40, 24] y) {
+            c = Conv<pads = [1, 1, 1, 1]>(x, w, b)
+            r = Relu(c)
+            t = Transpose<perm = [0, 2, 3, 1]>(r)
+            s = Softmax(t)
+            n = LayerNormalization(s, one)
+            y = MatMul(n, v)
+        }""",
+        w=(24, 8, 3, 3), b=(24,), one=(24,), v=(24, 24),
+    )  # fmt: skip
+    inputs = random_inputs(source)
+    backend = CpuBackend()
+    info = backend.lower(source, Target("cpu", threads=1), tmp_path)
+    results = []
+    for threads in (1, 2, 3):
+        runner = backend.load(tmp_path, info, threads=threads)
+        results += [runner.run(inputs)[0] for _ in range(3)]
+        runner.close()
+        runner.close()
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
+
+
+def test_two_handles_in_two_threads(tmp_path: Path) -> None:
+    source = program(
+        "(float[4, 8] x) => (float[4, 8] y) { m = MatMul(x, w) y = Tanh(m) }", w=(8, 8)
+    )
+    backend = CpuBackend()
+    info = backend.lower(source, Target("cpu", threads=1), tmp_path)
+    feeds = [random_inputs(source, seed) for seed in (1, 2)]
+    wants = [run_onnx(source, f)[0] for f in feeds]
+    wrong: list[int] = []
+
+    def work(which: int) -> None:
+        runner = backend.load(tmp_path, info, threads=1)
+        for _ in range(200):
+            got = runner.run(feeds[which])[0]
+            if not np.allclose(got, wants[which], atol=1e-5):
+                wrong.append(which)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+HOSTILE = '*/ system("x"); /* \\ " % $(id) `id` ../../e\n#define int ??/'
+
+
+def test_names_stay_out_of_the_code(tmp_path: Path) -> None:
+    source = program(
+        "(float[4, 8] x) => (float[4, 8] y) { m = MatMul(x, w) y = Tanh(m) }", w=(8, 8)
+    )
+    for value in (source.graph.inputs[0], source.graph.outputs[0]):
+        value.name = f"{HOSTILE}{value.name}"
+    for node in source.graph:
+        node.name = f"{HOSTILE}{node.name}"
+    inputs = random_inputs(source)
+    backend = CpuBackend()
+    info = backend.lower(source, Target("cpu", threads=1), tmp_path)
+    runner = backend.load(tmp_path, info, threads=1)
+    assert_close(runner.run(inputs), run_onnx(source, inputs))
+    text = "".join(path.read_text() for path in tmp_path.glob("*.[ch]"))
+    assert "system(" not in text.replace("\\042", '"').replace('system("x")', "")
+    assert 'system("' not in text
+
+
+def test_code_has_no_warnings_and_the_same_bytes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optcompiler_cpu import toolchain
+
+    monkeypatch.setattr(toolchain, "FLAGS", (*toolchain.FLAGS, "-Werror"))
+    body, weights = INTEGERS["convolutions"]
+    files = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        CpuBackend().lower(program(body, **weights), Target("cpu", threads=1), tmp_path / place)
+        files.append({f.name: f.read_bytes() for f in (tmp_path / place).iterdir()})
+    assert files[0] == files[1]
+
+
+def test_the_header_serves_a_c_program(tmp_path: Path) -> None:
+    source = program("(float[2, 3] x) => (float[2, 3] y) { y = Relu(x) }")
+    CpuBackend().lower(source, Target("cpu", threads=1), tmp_path)
+    (tmp_path / "main.c").write_text(
+        """#include "net.h"
+        #include <stdio.h>
+        int main(void) {
+          int n;
+          const oc_port *port = oc_inputs(&n);
+          oc_net *net = oc_create("net.weights");
+          if (!net || n != 1 || port[0].shape[1] != 3 || oc_create("main.c")) return 1;
+          const float x[6] = {-1, 2, -3, 4, -5, 6};
+          float y[6];
+          const void *inputs[] = {x};
+          void *outputs[] = {y};
+          oc_set_threads(net, 2);
+          oc_run(net, inputs, outputs);
+          oc_destroy(net);
+          printf("%s %s %g %g\\n", port[0].name, port[0].dtype, y[0], y[5]);
+          return 0;
+        }"""
+    )
+    subprocess.run(
+        ["cc", "-Wall", "-Werror", "main.c", "libnet.so", "-Wl,-rpath,$ORIGIN", "-o", "main"],
+        cwd=tmp_path, check=True,
+    )  # fmt: skip
+    done = subprocess.run(["./main"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout == "x FLOAT 0 6\n"
+
+
+def test_profile_names_every_step(tmp_path: Path) -> None:
+    source = program(
+        "(float[4, 8] x) => (float[4, 8] y) { m = MatMul(x, w) y = Softmax(m) }", w=(8, 8)
+    )
+    backend = CpuBackend()
+    info = backend.lower(source, Target("cpu", threads=1), tmp_path)
+    runner = backend.load(tmp_path, info, threads=1)
+    times = runner.kernel_times_us(random_inputs(source))
+    assert times is not None
+    names = [k.name for k in backend.kernels(source, Target("cpu", threads=1))]
+    assert list(times) == names
+    assert all(t >= 0 for t in times.values())
+
+
+def test_a_missing_compiler_is_a_toolchain_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = program("(float[4, 8] x) => (float[4, 8] y) { y = Tanh(x) }")
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+    with pytest.raises(ToolchainError, match="no-such-compiler"):
+        CpuBackend().lower(source, Target("cpu", threads=1), tmp_path)
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(ToolchainError, match="exit status 1"):
+        CpuBackend().lower(source, Target("cpu", threads=1), tmp_path)
+    assert ToolchainError.exit_code == 4
+
+
+def test_options_shapes_and_operators_are_refused_by_name(tmp_path: Path) -> None:
+    backend = CpuBackend()
+    with pytest.raises(InputError, match="isa='sse9'"):
+        backend.capabilities(Target("cpu", isa="sse9"))
+    with pytest.raises(InputError, match="unknown option 'tile'"):
+        backend.capabilities(Target("cpu", tile=4))
+    dynamic = program("(float[N, 8] x) => (float[N, 8] y) { y = Tanh(x) }")
+    with pytest.raises(InputError, match=r"input 'x' has dynamic dimensions \('N'\).*fixed size"):
+        backend.lower(dynamic, Target("cpu"), tmp_path)
+    odd = program("(float[4, 8] x) => (float[2, 8] y, int64[2, 8] i) { y, i = TopK<axis=0>(x, k) }",
+                  k=np.array([2]))  # fmt: skip
+    with pytest.raises(UnsupportedOperatorError, match="TopK"):
+        backend.lower(odd, Target("cpu"), tmp_path)
+
+
+def test_weights_of_another_artifact_are_refused(tmp_path: Path) -> None:
+    backend = CpuBackend()
+    infos = []
+    for i in (0, 1):
+        (tmp_path / str(i)).mkdir()
+        source = program("(float[4, 8] x) => (float[4, 8] y) { y = MatMul(x, w) }",
+                         w=np.full((8, 8), i, np.float32))  # fmt: skip
+        infos.append(backend.lower(source, Target("cpu", threads=1), tmp_path / str(i)))
+    (tmp_path / "0" / "net.weights").write_bytes((tmp_path / "1" / "net.weights").read_bytes())
+    with pytest.raises(InputError, match=r"net\.weights"):
+        backend.load(tmp_path / "0", infos[0], threads=1)
