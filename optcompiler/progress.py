@@ -51,7 +51,7 @@ class ConsoleProgress:
     def note(self, message: str) -> None:
         from rich.text import Text
 
-        self._console.print(Text(message))
+        self._console.print(Text(message), soft_wrap=True)
 
     def _start(self) -> Bars:
         from rich.progress import (
