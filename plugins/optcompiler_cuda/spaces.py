@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from optcompiler.lowering.ir import Expr, Index, View, product, walk
 from optcompiler_cuda.text import Axis, KernelText, Lane, blocks, power_of_two
 
+PROGRAMS = 256
+"""Programs that fill a large GPU about twice: beyond it a program takes more elements."""
+
+FEWEST = 128
+"""Elements below which a program wastes lanes."""
+
 
 @dataclass(frozen=True)
 class Printed:
@@ -91,24 +97,14 @@ def flat_lane(kernel: KernelText, total: int, block: int) -> tuple[Lane, int]:
 
 def flat_block(total: int, largest: int = 1024) -> int:
     """Elements per program: enough programs to fill the device before programs grow."""
-    return max(32, min(largest, power_of_two(blocks(total, 256))))
-
-
-@dataclass(frozen=True)
-class RowTile:
-    """A tile of `rows` by `columns`, stepping over `total_columns` in strides of `columns`."""
-
-    rows: int
-    columns: int
-    programs: int
-    row: Lane
-    column: Lane
+    return max(FEWEST, min(largest, power_of_two(blocks(total, PROGRAMS))))
 
 
 def row_tile(total_rows: int, total_columns: int, widest: int) -> tuple[int, int]:
-    """Rows and columns of a tile: whole rows up to `widest`, several rows when there are many."""
+    """Rows and columns of a tile: whole rows up to `widest`, several when short or many."""
     columns = min(power_of_two(total_columns), widest)
-    rows = max(1, min(2048 // columns, power_of_two(blocks(total_rows, 256)), 64))
+    many = min(2048 // columns, power_of_two(blocks(total_rows, PROGRAMS)), 64)
+    rows = max(1, FEWEST // columns, many)
     return min(rows, power_of_two(total_rows)), columns
 
 
