@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 MOST_BLOCKS = 16
+MOST_PARTS = 8
+"""Samples per step where a program is fixed to fewer at a time."""
+
 _CONTRACTIONS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _NORMALIZATIONS = frozenset(
     {"GroupNormalization", "InstanceNormalization", "LayerNormalization", "RMSNormalization"}
@@ -245,7 +248,6 @@ class Samples:
         self,
         program: Program,
         batches: Sequence[Batch],
-        size: int,
         augment: bool,
         device: torch.device,
         generator: torch.Generator,
@@ -255,7 +257,7 @@ class Samples:
         self.given = [[torch.from_numpy(np.array(b[n])).to(device) for n in names] for b in batches]
         self.joined = self._join()
         self.augment = augment and all(t.is_floating_point() for t in self.given[0])
-        self.size = size
+        self.size = 1
         self._queue: list[int] = []
 
     def _join(self) -> list[Tensor] | None:
@@ -378,22 +380,18 @@ def _train(
 ) -> dict[str, Tensor] | None:
     names = blocks(program, context.teacher) if options.block_weight else []
     generator = torch.Generator().manual_seed(context.seed)
-    samples = Samples(
-        program, context.calibration, options.batch_size, options.augment, device, generator
-    )
-    judged = Samples(
-        program,
-        context.holdout or context.calibration,
-        options.batch_size,
-        False,
-        device,
-        torch.Generator(),
-    ).given
+    samples = Samples(program, context.calibration, options.augment, device, generator)
+    held_out = context.holdout or context.calibration
+    judged = Samples(program, held_out, False, device, generator).given
     names = _comparable(program, context, names, judged[0], device)
-    teacher = _module(context.teacher, context, names, False, device)
-    student = Student(_module(program, context, names, True, device), learnt)
-    if samples.joined is not None:
-        samples.size = _batch_size(program, teacher, samples, options.batch_size)
+    free = _batch_free(context.teacher), _batch_free(program)
+    teacher = _module(free[0], context, names, False, device)
+    wanted = min(options.batch_size, sample_count(context.calibration))
+    samples.size = _batch_size(program, teacher, samples, wanted)
+    if samples.size != wanted:
+        free = context.teacher, program
+        teacher = _module(free[0], context, names, False, device)
+    student = Student(_module(free[1], context, names, True, device), learnt)
     outputs = len(program.outputs)
     loss_of = Loss(outputs, options)
     references = [_plain(teacher(*inputs))[:outputs] for inputs in judged]
@@ -406,7 +404,7 @@ def _train(
     optimizer = torch.optim.Adam(student.groups, betas=(0.9, 0.99))  # type: ignore[arg-type]
     peak = options.learning_rate * _share(references, judged, student)
     rates = [peak * float(g["lr"]) for g in optimizer.param_groups]
-    parts = max(1, options.batch_size // samples.size) if samples.joined is not None else 1
+    parts = max(1, min(wanted, MOST_PARTS) // samples.size) if samples.joined else 1
     clock = Clock(options.steps, options.minutes)
     best, nearest = None, judge()
     for step in context.progress.track(range(options.steps), "distilling"):
@@ -484,6 +482,24 @@ def _comparable(
     return [n for n, t, s in zip(names, *pair, strict=True) if nmse(t, s) < 1.0]
 
 
+def _batch_free(program: Program) -> Program:
+    """A copy whose Reshape and Expand keep the first axis where they are given its size."""
+    copy = program.clone()
+    for node in tuple(copy.graph):
+        if node.domain != "" or node.op_type not in ("Reshape", "Expand"):
+            continue
+        data, shape = node.inputs[0], constant(node.inputs[1])
+        first = shape_of(data)[:1] if data is not None else ()
+        if shape is None or not shape.size or first != (int(shape[0]),):
+            continue
+        if node.op_type == "Reshape" and node.attributes.get_int("allowzero", 0):
+            continue
+        freed = shape.copy()
+        freed[0] = 0 if node.op_type == "Reshape" else 1
+        node.replace_input_with(1, copy.add_weight(f"{node.name}_shape", freed))
+    return copy
+
+
 def _batch_size(program: Program, teacher: fx.GraphModule, samples: Samples, wanted: int) -> int:
     """`wanted`, or the batch size that the program is fixed to when it takes no other."""
     fixed = [p.shape[0] for p in program.inputs if p.shape]
@@ -491,7 +507,8 @@ def _batch_size(program: Program, teacher: fx.GraphModule, samples: Samples, wan
     if not sizes or sizes == {wanted}:
         return wanted
     size = max(sizes)
-    assert samples.joined is not None
+    if samples.joined is None:
+        return wanted
     rows = (torch.arange(wanted) % samples.joined[0].shape[0]).to(samples.joined[0].device)
     inputs = [t[rows] for t in samples.joined]
     with torch.no_grad():
