@@ -292,6 +292,25 @@ def test_if_loop_and_scan() -> None:
     assert module.get_parameter("w").grad is not None
 
 
+def test_a_loop_that_stops_early_or_never_starts() -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (int64 n, float[2] x) => (float[2] y, float[M,2] all) <float limit = {20}> {
+            y, all = Loop (n, "", x) <
+                body = l (int64 i, bool k, float[2] s) => (bool k2, float[2] s2, float[2] out) {
+                    s2 = Add (s, s)
+                    total = ReduceSum <keepdims = 0> (s2)
+                    k2 = Less (total, limit)
+                    out = Neg (s2)
+                }
+            >
+        }
+    """
+    program = Program(ir.from_onnx_text(text))
+    for count in (0, 1, 50):
+        check(program, {"n": np.array(count), "x": np.array([1, 2], np.float32)})
+
+
 def test_shapes_computed_at_run_time() -> None:
     text = """
         <ir_version: 10, opset_import: ["" : 20]>

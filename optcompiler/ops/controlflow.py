@@ -28,8 +28,13 @@ def run_loop(
     condition: Tensor | None,
     carried: Sequence[Tensor],
     captured: Sequence[Tensor],
+    *,
+    empty: Sequence[tuple[torch.dtype, tuple[int, ...]]] = (),
 ) -> tuple[Tensor, ...]:
-    """Final carried values, then each scan output stacked over the iterations."""
+    """Final carried values, then each scan output stacked over the iterations.
+
+    `empty` says what one iteration's scan outputs look like, for a loop that runs none.
+    """
     limit = None if trip_count is None else int(trip_count.item())
     keep = True if condition is None else bool(condition.item())
     state = tuple(carried)
@@ -44,6 +49,8 @@ def run_loop(
         state = tuple(results[1 : 1 + len(carried)])
         scanned.append(tuple(results[1 + len(carried) :]))
         step += 1
+    if not scanned:
+        return (*state, *(torch.empty((0, *dims), dtype=d, device=where) for d, dims in empty))
     return (*state, *(torch.stack(column) for column in zip(*scanned, strict=True)))
 
 
