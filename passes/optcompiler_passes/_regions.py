@@ -327,7 +327,7 @@ class _Body:
         lines = [f"{sorted(opsets.items())} {region.kind}", *map(_line, self._made)]
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         chain = [op for op in region.operators if op not in (QUANTIZE, DEQUANTIZE)]
-        readable = "_".join(chain[:6] if len(chain) < 8 else [*chain[:5], "etc"])
+        readable = "_".join(chain if len(chain) <= 7 else [*chain[:6], "etc"])
         graph = ir.Graph(
             list(self.outer.values()), [self.result], nodes=self._made, opset_imports=opsets
         )

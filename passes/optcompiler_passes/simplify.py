@@ -104,18 +104,19 @@ class Simplify(Pass):
 
 def _round(program: Program, policy: FoldingPolicy) -> bool:
     """One application of every rule; whether anything changed."""
-    from onnxscript.optimizer._constant_folding import FoldConstantsPass
+    from onnxscript.optimizer import fold_constants_ir
     from onnxscript.rewriter import RewritePass
 
     model = program.model
     before = [node_fingerprint(n) for n in program.graph]
     limit = 1 << 62  # the policy has bounded the result before it is computed
-    FoldConstantsPass(
-        shape_inference=True,
+    fold_constants_ir(
+        model,
+        onnx_shape_inference=True,
         input_size_limit=limit,
         output_size_limit=limit,
         should_fold=policy,
-    )(model)
+    )
     RewritePass(_rules())(model)
     ir_passes.IdentityEliminationPass()(model)
     for node in list(program.graph):
@@ -140,6 +141,7 @@ def _rules() -> list[Any]:
         rules.collapse_slice_rule, rules.collapse_slice2_rule,
         rules.successive_clip_rule, rules.successive_clip_relu_rule,
         rules.successive_relu_clip_rule, rules.successive_relu_rule,
+        rules.min_max_rule, rules.max_min_rule, rules.min_min_rule, rules.max_max_rule,
         rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule,
         rules.materialize_reshape_shape_rule,
         rules.no_op_static_scatter_nd_rule, rules.no_op_dynamic_scatter_nd_rule,

@@ -356,3 +356,42 @@ def test_calls_survive_a_round_trip_through_protobuf():
     after, _ = apply_all(FuseOperators(), program(QUANTIZED))
     again = ir.from_proto(after.to_proto())
     assert {f.metadata_props[KIND_KEY] for f in again.functions.values()} == {"contraction"}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_exports_of_modules(dynamic: bool):
+    import torch
+    from torch import nn
+
+    from optcompiler_passes.fold_batchnorm import FoldBatchNorm
+    from optcompiler_passes.simplify import Simplify
+
+    class Squeeze(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(8)
+            self.down = nn.Conv2d(8, 2, 1)
+            self.up = nn.Conv2d(2, 8, 1)
+            self.grow = nn.ConvTranspose2d(8, 4, 2, stride=2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = nn.functional.silu(self.norm(self.stem(x)))
+            gate = torch.sigmoid(self.up(self.down(x.mean((2, 3), keepdim=True)).relu()))
+            x = x * gate
+            return self.grow(x).clamp(-1, 1), x.flatten(1).softmax(-1)
+
+    torch.manual_seed(0)
+    module = Squeeze().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        traced = torch.export.export(
+            module, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: batch},) if dynamic else None
+        )
+        exported = torch.onnx.export(traced, dynamo=True, verbose=False, optimize=False)
+    assert exported is not None
+    after = Program.from_onnx(exported.model)
+    for pass_ in (Simplify(), FoldBatchNorm(), FuseOperators()):
+        after, _ = apply_all(pass_, after)
+    called = [n.op_type.rsplit("_", 1)[0] for n in after.graph if n.domain == FUSED_DOMAIN]
+    assert called == ["Conv_Sigmoid_Mul", "Conv_Relu", "Conv_Sigmoid", "ConvTranspose_Clip"]

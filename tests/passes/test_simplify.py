@@ -154,6 +154,32 @@ agraph (float[1, 3] x) => (float[1, 3] y)
     assert folded.numpy().tolist() == [[7, 8, 5]]
 
 
+def test_max_and_min_become_clip():
+    after = simplified("""
+agraph (float[2, 3] x) => (float[2, 3] y)
+<float low = {-1.0}, float high = {1.0}> {
+  a = Max (x, low)
+  [clip] b = Min (a, high)
+  y = Neg (b)
+}
+""")
+    assert op_types(after) == ["Clip", "Neg"]
+    assert after.node("clip") is not None
+
+
+def test_branch_of_a_constant_condition_is_taken():
+    after = simplified("""
+agraph (float[2, 3] x) => (float[2, 3] y) <bool yes = {1}> {
+  r = If (yes) <
+    then_branch = then_graph () => (float[2, 3] t) { t = Relu (x) },
+    else_branch = else_graph () => (float[2, 3] e) { e = Neg (x) }
+  >
+  y = Abs (r)
+}
+""")
+    assert op_types(after) == ["Relu", "Abs"]
+
+
 def test_quantisation_of_a_weight_is_not_folded():
     body = """
 agraph (float[2, 2] x) => (float[2, 2] y)
