@@ -37,7 +37,8 @@ _NORMALIZATIONS = frozenset(
 )
 _ENDS = {"UINT8": (0, 255), "INT8": (-128, 127), "UINT4": (0, 15), "INT4": (-8, 7)}
 _LARGEST = 1e30
-_FLOOR = 0.01
+_FLOORS = {"weights": 0.01, "biases": 0.1}
+"""Least magnitude that step sizes are relative to; biases are often zero to begin with."""
 
 
 # -- what learns ----------------------------------------------------------------------------
@@ -322,7 +323,7 @@ class Student:
                 free, step = start.float(), float(item.bounds[1] - item.bounds[0]) / 4
             else:
                 free = start.clone()
-                step = max(float(start.square().mean().sqrt()), _FLOOR)
+                step = max(float(start.square().mean().sqrt()), _FLOORS[item.role])
             self.free[key] = free.requires_grad_()
             self.groups.append({"params": [free], "lr": step})
 
