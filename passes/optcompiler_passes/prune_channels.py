@@ -39,8 +39,11 @@ RIDGE = 1e-3
 WIDEST = 4096
 """Most indices along an axis of which covariances are taken (a matrix of 64 MiB)."""
 
-ROWS = 4096
-"""Most positions of a batch from which covariances are taken."""
+ROWS = 8
+"""Positions per index from which covariances are taken, spread over all batches."""
+
+FEWEST_ROWS = 8192
+"""As `ROWS`, for narrow axes."""
 
 
 @dataclass(frozen=True)
@@ -331,6 +334,7 @@ def observe_moments(
     """Statistics at each place over the calibration batches."""
     from optcompiler.executor import observe, to_torch
 
+    batches = list(context.calibration)
     axes: dict[str, list[int]] = {}
     for value, axis in places:
         axes.setdefault(value, []).append(axis)
@@ -346,13 +350,13 @@ def observe_moments(
             means = [rows.mean(0).numpy(), rows.abs().mean(0).numpy()]
             sums[place] = [a + b for a, b in zip(sums.get(place, (0, 0)), means, strict=True)]
             if covariances and rows.shape[1] <= WIDEST:
-                some = rows[:: -(-len(rows) // ROWS)]
+                wanted = max(ROWS * rows.shape[1], FEWEST_ROWS) / len(batches)
+                some = rows[:: max(1, int(len(rows) / wanted))]
                 products[place] = products.get(place, 0) + (some.T @ some).numpy()
                 firsts[place] = firsts.get(place, 0) + some.sum(0).numpy()
                 counts[place] = counts.get(place, 0) + len(some)
 
     module = to_torch(program, context.ops, trainable=False)
-    batches = list(context.calibration)
     for batch in context.progress.track(batches, "observing channels"):
         observe(module, batch, note, tuple(axes))
     moments: dict[Place, Moments] = {}

@@ -130,6 +130,39 @@ def test_the_mean_of_what_leaves_goes_to_the_bias() -> None:
     assert constant(node.inputs[2]) is not None
 
 
+@pytest.mark.parametrize(
+    ("body", "shape"),
+    [
+        ("a = Gemm (x, w1)\n h = Gemm <transB = 1, alpha = 0.5> (a, w2)", "12,16"),
+        ("a = Gemm (x, w1)\n h = Gemm (a, w2)", "16,12"),
+        ("a = MatMul (x, w1)\n h = MatMul (a, w2)", "16,12"),
+        ("a = MatMul (x, w1)\n r = Reshape (a, k)\n c = Conv (r, w2)\n h = Flatten (c)",
+         "12,16,1,1"),
+    ],
+)  # fmt: skip
+def test_channels_that_others_determine_cost_nothing(body: str, shape: str) -> None:
+    mixed = np.random.default_rng(2).standard_normal((4, 16)) @ np.random.default_rng(3).random(
+        (16, 16)
+    )
+    program = filled_program(
+        f"""{HEAD}
+        linear (float[64,4] x) => (float[64,3] y)
+        <float[4,16] w1, float[{shape}] w2, float[12,3] w3, int64[4] k = {{0, 0, 1, 1}}> {{
+          {body}
+          y = MatMul (h, w3)
+        }}""",
+        w1=mixed,
+    )
+    pass_ = PruneChannels(keep_ratio=0.5)
+    pruned = program.clone()
+    first = next(iter(offers(pass_, program).values()))
+    assert first.choice == "keep 8 of 16 channels"
+    first.rewrite(pruned)
+    pruned.verify(like=program)
+    inputs = random_inputs(program, 8)
+    assert_close(run_onnx(pruned, inputs), run_onnx(program, inputs), 0.02)
+
+
 def test_residual_bias_shrinks_with_its_group() -> None:
     program = filled_program(NETS["residual"])
     pass_ = PruneChannels(keep_ratio=0.5, multiple_of=1)
