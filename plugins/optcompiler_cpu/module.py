@@ -171,7 +171,7 @@ def _kernels_header(names: Mapping[str, str], tiles: set[tuple[str, int, int]]) 
     ]
     for kind, vectors, rows in sorted(tiles):
         text = print_tile(kind, vectors, rows)
-        lines.append(text[: text.index("{")].strip() + ";")
+        lines.append(text[text.index("void ") : text.index("{")].strip() + ";")
     lines.append(
         "void pack_f32(float *panel, const float *b, long depth, int columns, int width, long sk, "
         "long sn);"
