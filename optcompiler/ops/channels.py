@@ -76,7 +76,10 @@ def integers(node: ir.Node, index: int, attribute: str) -> tuple[int, ...] | Non
 
 
 def aligned(value: ir.Value, out: ir.Value) -> tuple[Coupling, ...] | None:
-    """Couplings of axes that numpy broadcasting lines up and that have equal static extents."""
+    """Couplings of axes that numpy broadcasting lines up, those stretched from extent 1 left out.
+
+    An axis that faces an unknown extent is coupled to it all the same, which pins it.
+    """
     mine, whole = dims(value), dims(out)
     if mine is None or whole is None or len(mine) > len(whole):
         return None
@@ -84,7 +87,8 @@ def aligned(value: ir.Value, out: ir.Value) -> tuple[Coupling, ...] | None:
     return tuple(
         Coupling(Axis(value, axis), Axis(out, lead + axis))
         for axis, extent in enumerate(mine)
-        if isinstance(extent, int) and extent == whole[lead + axis]
+        if extent == whole[lead + axis]
+        or isinstance(extent, int) != isinstance(whole[lead + axis], int)
     )
 
 
@@ -230,7 +234,7 @@ def matmul(node: ir.Node) -> Channels | None:
         batch = len(shape) - 2
         for axis in range(batch):
             out = len(whole) - tail - batch + axis
-            if isinstance(shape[axis], int) and shape[axis] == whole[out]:
+            if shape[axis] != 1 or whole[out] == 1:
                 couplings.append(Coupling(Axis(value, axis), Axis(y, out)))
     return Channels(tuple(couplings), tuple(produced), (inner_b, inner_a))
 
@@ -355,9 +359,7 @@ def _pieces(
         if extent is None:
             return None
         couplings += [
-            Coupling(Axis(piece, k), Axis(whole, k))
-            for k in range(len(shape))
-            if k != axis and isinstance(shape[k], int) and shape[k] == extent[k]
+            Coupling(Axis(piece, k), Axis(whole, k)) for k in range(len(shape)) if k != axis
         ]
         size = extent[axis]
         if offset is None or not isinstance(size, int):
