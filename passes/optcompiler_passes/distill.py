@@ -51,7 +51,7 @@ class Distill(Pass):
     learn: tuple[str, ...] = ROLES
     batch_size: int = 32
     augment: bool = True
-    minutes: float = 20.0
+    minutes: float = 10.0
     device: str = "auto"
 
     def __post_init__(self) -> None:

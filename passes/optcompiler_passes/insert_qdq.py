@@ -166,7 +166,6 @@ class Site:
     nodes: tuple[str, ...]
     chains: tuple[tuple[int, tuple[str, ...]], ...]
     weight: tuple[int, int] | None = None
-    bias: int | None = None
     output: str | None = None
 
     @property
@@ -362,12 +361,8 @@ class Survey:
             if value is not None and dequantizer(value) is None:
                 chains.append((index, self._chain(value)))
         weight = self._weights.get(node)
-        bias = None
-        if weight is not None:
-            if dequantizer(node.inputs[weight[0]]) is not None:
-                weight = None
-            elif node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2:
-                bias = 2 if constant(node.inputs[2]) is not None else None
+        if weight is not None and dequantizer(node.inputs[weight[0]]) is not None:
+            weight = None
         output = self._output(node)
         covered = [str(node.name)]
         producer = output.producer() if output is not None else None
@@ -379,7 +374,6 @@ class Survey:
                 tuple(covered),
                 tuple(chains),
                 weight,
-                bias,
                 str(output.name) if output is not None else None,
             )
         )
@@ -518,13 +512,24 @@ class Quantize:
 
     def _raise_to_bias(self, node: ir.Node, scales: np.ndarray) -> None:
         """Make the scales of nearly dead channels large enough for their bias to fit 32 bits."""
-        bias = constant(node.inputs[self.site.bias]) if self.site.bias is not None else None
+        bias = _bias(node)
         made = dequantizer(node.inputs[0])
         activation = constant(made.inputs[1]) if made is not None else None
         if bias is None or activation is None or scales.ndim == 0 or bias.size != scales.size:
             return
         least = np.abs(bias.reshape(-1)).astype(np.float64) / (float(activation) * 2.0**30)
         np.maximum(scales, least.astype(np.float32), out=scales)
+
+
+def _bias(node: ir.Node) -> np.ndarray | None:
+    """The constant bias of a Conv or Gemm, or of the Add that alone reads a MatMul."""
+    if node.op_type != "MatMul":
+        return constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    uses = node.outputs[0].uses()
+    reader = next(iter(uses)).node if len(uses) == 1 else None
+    if reader is None or reader.op_type != "Add":
+        return None
+    return next((a for v in reader.inputs if (a := constant(v)) is not None), None)
 
 
 def _scales(tensor: ir.TensorProtocol, dtype: str, axis: int | None, method: str) -> np.ndarray:

@@ -39,6 +39,8 @@ class PackWeights(Pass):
        from DequantizeLinear with constant scales, that of the data for the whole tensor. That moves
        the bias by half a step of the accumulator at most. (ONNX Runtime runs such a node in float
        when its bias is float.)
+       Rarely a value that lay between two levels of a later quantiser then takes the other one,
+       which is why `rtol`, the share of the largest output that may change, is not smaller.
     3. It declines a bias that would not fit 32 bits: that bias stays float.
     """
 
@@ -46,7 +48,7 @@ class PackWeights(Pass):
     stage: ClassVar[Stage] = Stage.FUSE
     summary: ClassVar[str] = "int8 weights and int32 biases stored as such"
 
-    rtol: float = 0.02
+    rtol: float = 0.05
 
     def propose(self, program: Program, context: PassContext) -> Iterable[Candidate | Decline]:
         folds = tuple(str(n.name) for n in program.graph if _folded(n) is not None)

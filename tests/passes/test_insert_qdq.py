@@ -247,6 +247,16 @@ def test_scale_of_a_dead_channel_leaves_room_for_its_bias():
     assert (np.abs(constant(after.value("b"))) / unit).max() < 2**31
 
 
+def test_scale_of_a_dead_column_leaves_room_for_the_bias_added_to_it():
+    before = program(ATTENTION, wq=(6, 6), wk=(6, 6), bias=(6,))
+    weight = np.array(constant(before.value("wq")))
+    weight[:, 2] *= 1e-12
+    before.set_weight(before.value("wq"), weight)
+    after, _ = apply_all(InsertQdq(), before)
+    unit = constant(after.value("x_scale")) * constant(after.value("wq_scale"))
+    assert (np.abs(constant(after.value("bias"))) / unit).max() < 2**31
+
+
 def test_reasons():
     before = conv_relu()
     assert reasons(before, calibration=()) == {
