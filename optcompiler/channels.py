@@ -18,7 +18,7 @@ import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
-from optcompiler.errors import Declined
+from optcompiler.errors import Declined, VerificationError
 from optcompiler.ops.spec import Axis, Channels, Coupling, OpTable, attributes_of
 from optcompiler.program import Program, constant, consumed
 
@@ -160,6 +160,9 @@ class ChannelGraph:
     def _couple(self, coupling: Coupling) -> bool:
         source, target = _extent(coupling.source), _extent(coupling.target)
         if source is None or target is None:
+            for axis in (coupling.source, coupling.target):
+                reason = f"axis {axis.axis} of {axis.value.name!r} meets an unknown extent"
+                self._pins.setdefault(_key(axis), reason)
             return False
         count = coupling.count if coupling.count >= 0 else source - coupling.source_offset
         if coupling.source_offset + count > source:
@@ -252,7 +255,7 @@ class ChannelGraph:
         Edits initializers, shape constants and what nodes state about the shrunk axes; infers
         shapes and verifies. Names stay, and weights outside the group are untouched. The graph is
         stale afterwards. Raises `Declined` for a pinned group, a channel that the group does not
-        have, or when nothing would be left.
+        have, when nothing would be left, or when what is left is not valid.
         """
         gone = sorted(set(channels))
         if group.pinned:
@@ -278,8 +281,11 @@ class ChannelGraph:
             weight = constant(self._values[name])
             if weight is not None:
                 self.program.set_weight(self._values[name], np.delete(weight, indices, axis))
-        self.program.infer_shapes()
-        self.program.verify()
+        try:
+            self.program.infer_shapes()
+            self.program.verify()
+        except VerificationError as error:
+            raise Declined(f"without channels of {group.name!r}, {error}") from error
         if before != (self.program.inputs, self.program.outputs):
             raise Declined(f"removing channels of {group.name!r} changes the interface.")
 

@@ -404,6 +404,19 @@ def test_unknown_operators_pin() -> None:
         remove_channels(program, builtin_table(), group, [0])
 
 
+def test_unknown_extents_pin_what_they_meet() -> None:
+    program = filled_program(
+        f"""{HEAD}
+        partner (float[2,4] x, float[2,U] z) => (float[2,3] y)
+        <float[4,6] w1, float[6,3] w2> {{
+          a = MatMul (x, w1)
+          b = Add (a, z)
+          y = MatMul (b, w2)
+        }}"""
+    )
+    assert graph_of(program).groups[0].pinned == "axis 1 of 'b' meets an unknown extent"
+
+
 def test_values_of_unknown_shape_pin() -> None:
     program = filled_program(CHAIN)
     hidden = program.value("r1")
