@@ -78,6 +78,11 @@ def print_depthwise(step: Conv) -> Printed:
     """One output element a lane, a loop over the taps of its channel's filter."""
     kernel, axes, lane, grid, block = _begin(step, joined=False, largest=256)
     batch, channel, row, column = axes
+    if "0" in (row.text, column.text):
+        # The interpreter takes no mask that is one Python truth value for the whole tile.
+        kernel.line("zero = tl.zeros_like(i)")
+        zero = Axis("zero", lane)
+        row, column = (zero if axis.text == "0" else axis for axis in (row, column))
     height, width = step.b.view.shape[2:]
     exact = integer(step.a, step.b)
     kernel.line(f"total = tl.zeros_like(i).to({'tl.int32' if exact else 'tl.float32'})")
