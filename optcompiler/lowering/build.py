@@ -68,7 +68,7 @@ def map_views(expr: Expr, change: Callable[[View], View]) -> Expr:
 
 
 def reshaped(expr: Expr, shape: tuple[int, ...]) -> Expr | None:
-    """The expression over another shape of the same elements, or None where a view cannot say it."""
+    """The expression over another shape of the same elements; None where no view can say it."""
     if any(load.view.reshape(shape) is None for load in loads(expr)):
         return None
     return map_views(expr, lambda v: v.reshape(shape) or v)

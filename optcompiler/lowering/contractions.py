@@ -84,7 +84,9 @@ def operands(
         second = map_views(second, lambda v: v.permute((1, 0)))
     qa, qb = quantised(low.expr(a), None), quantised(second, axis_b)
     if qa is not None and qb is not None and qb.view.buffer.array is not None:
-        return qa, qb
+        assert qb.quantization is not None
+        if not qb.quantization.zero_point.any():
+            return qa, qb
     return float_operand(low, node, a), float_operand(low, node, b, permute_b)
 
 

@@ -14,7 +14,7 @@ from optcompiler.lowering.build import (
     channels_last,
     map_views,
 )
-from optcompiler.lowering.expressions import POINTWISE, call, cast
+from optcompiler.lowering.expressions import POINTWISE, call, cast, clip
 from optcompiler.lowering.flatten import flatten, site_of
 from optcompiler.lowering.ir import (
     Const,
@@ -118,9 +118,12 @@ class Lowering(Builder):
                 return first
             case "BatchNormalization":
                 return self._batch_norm(node, first, shape, attributes)
+            case "Clip":
+                low, high = (*args[1:], None, None)[:2]
+                return clip(first, low, high)
             case _:
-                # absent optional operands arrive as None; only Clip has them
-                return POINTWISE[node.op_type](args, attributes)  # type: ignore[arg-type]
+                present = [a for a in args if a is not None]
+                return POINTWISE[node.op_type](present, attributes)
 
     def _quantisers(self, node: ir.Node, shape: tuple[int, ...]) -> tuple[Expr, Expr]:
         attributes = self.flat.attributes(node)
@@ -175,6 +178,7 @@ def pointwise_op(node: ir.Node) -> bool:
         return len(node.outputs) == 1
     return node.op_type in POINTWISE or node.op_type in {
         "QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "BatchNormalization",
+        "Clip",
     }  # fmt: skip
 
 
@@ -201,7 +205,7 @@ def feeds_image_op(low: Lowering, value: ir.Value) -> bool:
     for use in value.uses():
         if use.node.op_type in IMAGE_OPS and use.idx == 0:
             return True
-        if use.node.op_type in {"QuantizeLinear", "DequantizeLinear"} and use.idx == 0:
-            if feeds_image_op(low, use.node.outputs[0]):
-                return True
+        quantiser = use.node.op_type in {"QuantizeLinear", "DequantizeLinear"} and use.idx == 0
+        if quantiser and feeds_image_op(low, use.node.outputs[0]):
+            return True
     return False

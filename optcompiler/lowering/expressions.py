@@ -68,13 +68,11 @@ def relu(args: Sequence[Expr], attributes: Mapping[str, Any]) -> Expr:
     return call("max", args[0], number(0, args[0]))
 
 
-def clip(args: Sequence[Expr], attributes: Mapping[str, Any]) -> Expr:
-    x = args[0]
-    if len(args) > 1 and args[1] is not None:
-        x = call("max", x, args[1])
-    if len(args) > 2 and args[2] is not None:
-        x = call("min", x, args[2])
-    return x
+def clip(x: Expr, low: Expr | None, high: Expr | None) -> Expr:
+    """Clip, whose bounds may be absent: the one pointwise operator outside `POINTWISE`."""
+    if low is not None:
+        x = call("max", x, low)
+    return x if high is None else call("min", x, high)
 
 
 def gelu(args: Sequence[Expr], attributes: Mapping[str, Any]) -> Expr:
@@ -166,7 +164,7 @@ POINTWISE: Mapping[str, Builder] = {
     "Erf": simple("erf"), "Tanh": simple("tanh"), "Sigmoid": simple("sigmoid"),
     "Sin": simple("sin"), "Cos": simple("cos"), "Floor": simple("floor"),
     "Ceil": simple("ceil"), "Round": simple("round"), "Reciprocal": simple("reciprocal"),
-    "Relu": relu, "Clip": clip, "Gelu": gelu, "LeakyRelu": leaky_relu, "PRelu": prelu,
+    "Relu": relu, "Gelu": gelu, "LeakyRelu": leaky_relu, "PRelu": prelu,
     "Elu": elu, "Softplus": softplus, "HardSigmoid": hard_sigmoid, "HardSwish": hard_swish,
     "Swish": swish, "Mish": mish, "IsNaN": simple("isnan"), "IsInf": simple("isinf"),
     "Equal": simple("eq"), "Less": simple("lt"), "LessOrEqual": simple("le"),

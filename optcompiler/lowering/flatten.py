@@ -129,8 +129,8 @@ def evaluate(node: ir.Node, values: list[np.ndarray | None]) -> list[np.ndarray]
     opset = onnx.helper.make_opsetid("", version or onnx.defs.onnx_opset_version())
     model = onnx.helper.make_model(graph, opset_imports=[opset])
     feeds = {n: v for n, v in zip(names, values, strict=True) if v is not None}
-    results: Any = ReferenceEvaluator(model).run(None, feeds)
-    return list(results)
+    run: Any = ReferenceEvaluator(model).run  # type: ignore[reportUnknownMemberType]
+    return list(run(None, feeds))
 
 
 def _check(flat: Flat) -> None:
@@ -145,11 +145,11 @@ def _check(flat: Flat) -> None:
             if shape is None:
                 raise UnsupportedOperatorError(
                     f"{node.op_type} {site_of(node)!r}: the shape of {value.name!r} is not known "
-                    f"before the program runs; rewrite the model so that it does not depend on data."
+                    f"before it runs; rewrite the model so that shapes do not depend on data."
                 )
             flat.shapes[value] = shape
             if flat.dtype(value) not in ITEM_SIZES:
                 raise UnsupportedOperatorError(
-                    f"{node.op_type} {site_of(node)!r}: {flat.dtype(value)} tensors have no lowered "
-                    f"form; cast to FLOAT or an integer type."
+                    f"{node.op_type} {site_of(node)!r}: {flat.dtype(value)} tensors have no "
+                    f"lowered form; cast to FLOAT or an integer type."
                 )

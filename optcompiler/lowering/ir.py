@@ -1,10 +1,10 @@
 """The lowered form: buffers, strided views, scalar expressions and steps; what printers print.
 
 A program of static shapes becomes a list of *steps* over flat *buffers*. A step reads and writes
-through *views* (buffer, offset and a stride per axis, in elements), so transposes, slices, reshapes,
-broadcasts, channel-last layouts and concatenation in place are strides and cost no step. What is
-fused into a step is an *expression* over the step's index space: a tree (in truth a DAG: printers
-memoise by identity) of loads, constants and scalar operations.
+through *views* (buffer, offset and a stride per axis, in elements), so transposes, slices,
+reshapes, broadcasts, channels-last layouts and concatenation in place are strides and cost no step.
+What is fused into a step is an *expression* over the step's index space: a tree (in truth a DAG:
+printers memoise by identity) of loads, constants and scalar operations.
 
 Element types are ONNX type names: "FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "INT64", "INT32",
 "INT16", "INT8", "UINT8", "BOOL".
@@ -174,7 +174,7 @@ class Call(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Quantize(Expr):
-    """`saturate(round_half_even(arg / scale) + zero_point)` as `dtype` (UINT8, INT8, INT16, INT32)."""
+    """`saturate(round_half_even(arg / scale) + zero_point)` as `dtype`, an integer type."""
 
     arg: Expr
     scale: Expr
@@ -287,9 +287,10 @@ class MatMul(Step):
 
     `a.view` is [*batch, M, K], `b.view` [*batch, K, N] and `out` [*batch, M, N]; batch axes that
     repeat have stride 0. A constant second operand has no batch axes that move. When both
-    operands are quantised the sum is INT32 over `a - zero_point_a` and `b - zero_point_b`, and
-    `bias` is INT32 in units of `scale_a * scale_b[n]`; else `bias` is FLOAT. `bias` is an array of
-    shape [N] or None; a bias that is not constant is part of the epilogue.
+    operands are quantised the sum is INT32 over `a - zero_point_a` and `b - zero_point_b` (zero
+    where `b` is constant), and `bias` is INT32 in units of `scale_a * scale_b[n]`; else `bias` is
+    FLOAT. `bias` is an array of shape [N] or None; a bias that is not constant is part of the
+    epilogue. The elements of a row of `a` are adjacent (stride 1 along K).
     """
 
     a: Operand
@@ -305,7 +306,7 @@ class Conv(Step):
     """2-D convolution (1-D arrives with H = 1) as in ONNX, groups and depthwise included.
 
     `a.view` is [N, C, H, W], `b.view` [OC, C / groups, KH, KW] and constant, `out` [N, OC, OH, OW],
-    all logical shapes: the strides say whether the memory is channels-last. `pads` is (top, left,
+    all logical shapes; the memory of `a` and `out` is channels-last. `pads` is (top, left,
     bottom, right); a padded element is the real 0, hence `zero_point_a`. `bias` as in `MatMul`,
     of shape [OC].
     """
@@ -424,7 +425,7 @@ class CumSum(Step):
 
 @dataclass(frozen=True, eq=False)
 class PortBuffer:
-    """A graph input or output: its ONNX name, type, shape, and the buffer (C order) that holds it."""
+    """A graph input or output: its ONNX name, type and shape, and its buffer (C order)."""
 
     name: str
     dtype: str

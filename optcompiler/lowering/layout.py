@@ -58,15 +58,15 @@ def lower_slice(low: Lowering, node: ir.Node) -> None:
     ):
         where = axis % len(shape)
         span = range(*slice(start, end, step).indices(shape[where]))
-        first = span.start if len(span) else 0
-        expr = map_views(expr, lambda v, a=where, s=first, n=len(span), t=step: v.slice(a, s, n, t))
+        first, length = (span.start if len(span) else 0), len(span)
+        expr = map_views(expr, lambda v, a=where, s=first, n=length, t=step: v.slice(a, s, n, t))
     low.exprs[out] = expr
 
 
 def lower_split(low: Lowering, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
-    axis = low.flat.attributes(node).get("axis", 0) % len(low.shape(source))
+    axis = int(low.flat.attributes(node).get("axis", 0)) % len(low.shape(source))
     start = 0
     for out in node.outputs:
         length = low.shape(out)[axis]
@@ -79,7 +79,7 @@ def lower_split(low: Lowering, node: ir.Node) -> None:
 def lower_concat(low: Lowering, node: ir.Node) -> None:
     out = node.outputs[0]
     shape = low.shape(out)
-    axis = low.flat.attributes(node)["axis"] % len(shape)
+    axis = int(low.flat.attributes(node)["axis"]) % len(shape)
     strides = row_major(shape)
     for value in node.inputs:
         assert value is not None

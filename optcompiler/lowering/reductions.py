@@ -62,7 +62,7 @@ def lower_reduce(low: Lowering, node: ir.Node) -> None:
 
 
 def reduce(low: Lowering, node: ir.Node, op: str, axes: tuple[int, ...]) -> None:
-    x, out = node.inputs[0], node.outputs[0]
+    x = node.inputs[0]
     assert x is not None
     space = low.shape(x)
     kept = tuple(1 if i in axes else n for i, n in enumerate(space))

@@ -73,8 +73,8 @@ class CpuBackend(Backend):
         isa = ISAS.get(str(info["isa"]))
         if isa is None or not supported(isa):
             raise InputError(
-                f"the artifact is for isa={info['isa']!r}, which this machine does not have; compile "
-                f"with isa=portable."
+                f"the artifact is for isa={info['isa']!r}, which this machine does not have; "
+                f"compile with isa=portable."
             )
         return CpuRunner(
             directory / LIBRARY, directory / WEIGHTS, info["ports"], info["steps"], threads

@@ -113,7 +113,6 @@ def conv_shape(step: Conv) -> Shape:
 def conv_matrix(step: Conv, shape: Shape) -> list[np.ndarray]:
     """Weights of each group as [outer * inner * padded length, N]."""
     weights = view_array(step.b.view)
-    oc, group, kh, kw = weights.shape
     result: list[np.ndarray] = []
     for g in range(step.groups):
         part = weights[g * shape.n : (g + 1) * shape.n].transpose(2, 3, 1, 0)
@@ -214,6 +213,7 @@ def _tile_call(
     room = max(v * r for _, v, r in tiles)
     names = [f"i{d}" for d in range(len(shape.dims))]
     length = -(-shape.length // 4) if shape.integer else shape.length
+    offsets = "".join(f", r{i}" for i, _ in enumerate(args))
     numbers = f"{shape.outer}, {shape.outer_stride}, {shape.inner}, {shape.inner_stride}, {length}"
     lines = [
         f"const {item} *at[{tallest}];",
@@ -231,7 +231,7 @@ def _tile_call(
             for _, v, r in sorted(tiles)
         ),
         "}",
-        f"@_store({', '.join(['rows', 'k.n', 'k.stop', 'k.vectors * VL', 'acc', 'q', *(f'r{i}' for i, _ in enumerate(args))])});",
+        f"@_store(rows, k.n, k.stop, k.vectors * VL, acc, q{offsets});",
     ]
     return lines
 
@@ -390,7 +390,8 @@ def _dynamic(step: MatMul, shape: Shape, isa: Isa) -> KernelCode:
         f"  pack_f32(panel, {b} + {where} + k.n * {sn}L, {k}, k.stop - k.n, k.vectors * VL, "
         f"{sk}, {sn});",
         "  for (int i = 0; i < k.tiles; ++i) {",
-        f"    const int inside = i * k.rows, rows = inside + k.rows <= {m} ? k.rows : {m} - inside;",
+        "    const int inside = i * k.rows;",
+        f"    const int rows = inside + k.rows <= {m} ? k.rows : {m} - inside;",
         f"    const long m = unit * {m} + inside;",
         *(f"    {line}" for line in _tile_call(shape, a, "panel", "init + k.init", tiles, args)),
         "  }",

@@ -83,6 +83,10 @@ def print_depthwise(step: Conv, isa: Isa) -> KernelCode:
         printer.store(step.epilogue, target.pointer, target.stride)
         constant, middle, inner = printer.lines
         once.extend(line for line in constant if line not in once)
+        pixel = linear(
+            ["i", "y", "x"], (sn, sh * step.strides[0], sw * step.strides[1]), step.a.view.offset
+        )
+        item = "float" if quantization is None else pointers.items[0].ctype
         tile: list[str] = []
         for size in dict.fromkeys((pixels, ow % pixels or pixels)):
             work = [f"vf c{r} = start;" for r in range(size)]
@@ -103,8 +107,7 @@ def print_depthwise(step: Conv, isa: Isa) -> KernelCode:
             *middle,
             f"for (long x = 0; x < {ow}; x += {pixels}) {{",
             f"  const int pixels = x + {pixels} <= {ow} ? {pixels} : (int)({ow} - x);",
-            f"  const {'float' if quantization is None else pointers.items[0].ctype} *at0 = {a} + "
-            f"{linear(['i', 'y', 'x'], (sn, sh * step.strides[0], sw * step.strides[1]), step.a.view.offset)} + j;",
+            f"  const {item} *at0 = {a} + {pixel} + j;",
             *(f"  {x}" for x in tile),
             "  for (int r = 0; r < pixels; ++r) {",
             "    const long at = x + r;",
@@ -119,8 +122,9 @@ def print_depthwise(step: Conv, isa: Isa) -> KernelCode:
         "(void)scratch;",
         f"float acc[{pixels} * VL] __attribute__((aligned(64)));",
         *once,
-        f"for (long row = (long)part * {n * oh} / parts; row < (long)(part + 1) * {n * oh} / parts; "
-        "++row) {",
+        f"const long first = (long)part * {n * oh} / parts;",
+        f"const long last = (long)(part + 1) * {n * oh} / parts;",
+        "for (long row = first; row < last; ++row) {",
         f"  const long i = row / {oh}, y = row % {oh};",
         "  (void)i;",
         *(f"  {x}" for x in body),

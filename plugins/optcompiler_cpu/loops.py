@@ -60,7 +60,7 @@ def print_loop(step: Loop, isa: Isa) -> KernelCode:
 
 
 def _lane(nest: Nest, views: list[View], isa: Isa) -> int:
-    """The loop to vectorise: the innermost, unless it is shorter than another that reads in order."""
+    """The loop to vectorise: the innermost, unless another is longer and reads in order."""
     last = len(nest.sizes) - 1
     if nest.sizes[last] >= isa.lanes:
         return last
@@ -107,7 +107,8 @@ def print_gather(step: Gather, isa: Isa) -> KernelCode:
     names = [f"i{d}" for d in range(rank)]
     before, after = names[:axis], names[axis + middle :]
     limit = step.data.shape[axis]
-    index = f"{indices}[{linear(names[axis : axis + middle], step.indices.strides, step.indices.offset)}]"
+    inside = linear(names[axis : axis + middle], step.indices.strides, step.indices.offset)
+    index = f"{indices}[{inside}]"
     found = [f"long at = (long){index};", f"at = at < 0 ? at + {limit} : at;",
              f"at = at < 0 ? 0 : at >= {limit} ? {limit - 1} : at;"]  # fmt: skip
     tail = step.data.strides[axis + 1 :]

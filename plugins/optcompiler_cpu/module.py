@@ -123,12 +123,12 @@ def print_module(lowered: Lowered, isa: Isa) -> Module:
     scratch = -(-(scratch + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
     tables = "\n".join(
         [
-            f"enum {{ STEPS = {len(rows)}, REFS = {max(len(refs), 1)}, INPUTS = {len(lowered.inputs)}, "
-            f"OUTPUTS = {len(lowered.outputs)} }};",
+            f"enum {{ STEPS = {len(rows)}, REFS = {max(len(refs), 1)} }};",
+            f"enum {{ INPUTS = {len(lowered.inputs)}, OUTPUTS = {len(lowered.outputs)} }};",
             f"#define ARENA_SIZE {arena}UL",
             f"#define SCRATCH {scratch}UL",
             f"#define WEIGHTS_SIZE {len(weights)}L",
-            f"static const unsigned char weights_id[{len(mark)}] = {{{', '.join(map(str, mark))}}};",
+            f"static const unsigned char weights_id[] = {{{', '.join(map(str, mark))}}};",
             f"static const struct ref refs[] = {{{', '.join(refs) or '{0, 0}'}}};",
             "static const struct step steps[] = {",
             *(f"  {row}" for row in rows),
@@ -182,7 +182,8 @@ def _kernels_header(names: Mapping[str, str], tiles: set[tuple[str, int, int]]) 
     return "\n".join([*lines, "#endif", ""])
 
 
-PACK = """void pack_f32(float *panel, const float *b, long depth, int columns, int width, long sk, long sn) {
+PACK = """void pack_f32(float *panel, const float *b, long depth, int columns, int width, long sk,
+              long sn) {
   for (long k = 0; k < depth; ++k) {
     float *row = panel + k * width;
     const float *from = b + k * sk;

@@ -211,8 +211,8 @@ def print_reduction(step: Reduction, isa: Isa) -> KernelCode:
     reduced = [d for d in step.axes if d != lane]
 
     def over_reduced(body: list[str]) -> list[str]:
-        return outer_loops(Nest(full.axes, step.space), [d for d in range(rank) if d not in reduced],
-                           body, False)  # fmt: skip
+        others = [d for d in range(rank) if d not in reduced]
+        return outer_loops(full, others, body, False)
 
     if lane not in step.axes:
 

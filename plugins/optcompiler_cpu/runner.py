@@ -49,7 +49,7 @@ class CpuRunner(Runner):
         self._net: int | None = lib.oc_create(str(weights.resolve()).encode())
         if not self._net:
             raise InputError(
-                f"{weights.name} is missing or belongs to another artifact; save the artifact again."
+                f"{weights.name} is missing or belongs to another artifact; save it again."
             )
         if lib.oc_set_threads(self._net, threads):
             raise InputError(f"cannot start {threads} threads; give fewer.")

@@ -80,7 +80,7 @@ def _run(command: list[str], directory: Path) -> str:
         )
     except OSError as error:
         raise ToolchainError(
-            f"the C compiler {command[0]!r} did not start ({error.strerror}); set CC to one that does."
+            f"the C compiler {command[0]!r} did not start ({error.strerror}); set CC to another."
         ) from error
     output = done.stdout + done.stderr
     if done.returncode:

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from optcompiler_cpu.backend import CpuBackend
-from optcompiler_cpu.isa import ISAS, supported
 
 from optcompiler.errors import InputError, ToolchainError, UnsupportedOperatorError
 from optcompiler.program import Program
 from optcompiler.target import Target
+from optcompiler_cpu.backend import CpuBackend
+from optcompiler_cpu.isa import ISAS, supported
 from tests.support import assert_close, random_inputs, run_onnx
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]> g '
