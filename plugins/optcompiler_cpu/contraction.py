@@ -8,12 +8,12 @@ terms; its epilogue reads them from a small buffer on the stack.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from optcompiler.lowering.build import view_array
-from optcompiler.lowering.ir import Conv, MatMul, View, product
+from optcompiler.lowering.ir import Conv, MatMul, View, loads, product
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.expressions import Place, VectorPrinter
 from optcompiler_cpu.isa import Isa
@@ -52,6 +52,13 @@ class Shape:
     groups: int
     group_stride: int
     integer: bool
+    groups_of_rows: tuple[tuple[int, ...], ...] = ()
+
+    def merged(self, strides: tuple[int, ...]) -> tuple[int, ...]:
+        """Strides along the joined row coordinates; see `merge_rows`."""
+        if not self.groups_of_rows:
+            return strides
+        return tuple(strides[g[-1]] for g in self.groups_of_rows)
 
 
 def column_blocks(n: int, isa: Isa) -> list[tuple[int, int]]:
@@ -162,6 +169,7 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         array = view_array(step.b.view)
         matrix = array.reshape(-1, *array.shape[-2:])[0]
         matrices = [_padded(matrix[None], shape)]
+    shape = merge_rows(step, shape)
     pointers = Pointers()
     a = pointers.view(shape.a)
     rows = product(shape.dims)
@@ -292,6 +300,31 @@ def _scales(step: Conv | MatMul, isa: Isa) -> np.ndarray:
     return scale
 
 
+def row_strides(step: Conv | MatMul, view: View) -> tuple[tuple[int, ...], int]:
+    """Strides of a view of the output space along its rows' coordinates, and its columns'."""
+    if isinstance(step, Conv):
+        return (view.strides[0], view.strides[2], view.strides[3]), view.strides[1]
+    return view.strides[:-1], view.strides[-1]
+
+
+def merge_rows(step: Conv | MatMul, shape: Shape) -> Shape:
+    """The shape with coordinates joined where every address moves evenly across them."""
+    every = [shape.a_strides]
+    for view in (step.out, *(load.view for load in loads(step.epilogue))):
+        every.append(row_strides(step, view)[0])
+    groups: list[list[int]] = []
+    for d, size in enumerate(shape.dims):
+        if size == 1:
+            continue
+        if groups and all(s[groups[-1][-1]] == s[d] * size for s in every):
+            groups[-1].append(d)
+        else:
+            groups.append([d])
+    joined = replace(shape, groups_of_rows=tuple(map(tuple, groups)) or ((0,),))
+    dims = tuple(product(tuple(shape.dims[d] for d in g)) for g in joined.groups_of_rows)
+    return replace(joined, dims=dims, a_strides=joined.merged(shape.a_strides))
+
+
 def _epilogue(
     step: Conv | MatMul, shape: Shape, pointers: Pointers, isa: Isa
 ) -> tuple[str, list[str]]:
@@ -299,13 +332,9 @@ def _epilogue(
     names = [f"i{d}" for d in range(len(shape.dims))]
     args: list[str] = []
 
-    def row_part(view: View) -> tuple[tuple[int, ...], int]:
-        if isinstance(step, Conv):
-            return (view.strides[0], view.strides[2], view.strides[3]), view.strides[1]
-        return view.strides[:-1], view.strides[-1]
-
     def place(view: View) -> Place:
-        strides, lane = row_part(view)
+        strides, lane = row_strides(step, view)
+        strides = shape.merged(strides)
         base = pointers.view(view)
         moving = any(s and n > 1 for s, n in zip(strides, shape.dims, strict=True))
         column = "j" if lane == 1 else f"(long)j * {lane}"
@@ -321,12 +350,14 @@ def _epilogue(
     pointers.view(step.out, written=True)
     acc = "acc + (long)r * width + (j - n)"
     integer = shape.integer
-    spelled = f"vf_mul(vi_float(vi_load({acc})), scales)" if integer else f"vf_load({acc})"
+    raw = f"vi_float(vi_load({acc}))"
+    spelled = f"vf_mul({raw}, scales)" if integer else f"vf_load({acc})"
+    factor = (raw, "scales") if integer else None
     pieces: list[str] = []
     columns = step.out.shape[1] if isinstance(step, Conv) else step.out.shape[-1]
     ragged = any((b % isa.lanes) for b in (columns, shape.n))
     for count in (None, "left") if ragged else (None,):
-        printer = VectorPrinter(pointers.params, place, spelled, count)
+        printer = VectorPrinter(pointers.params, place, spelled, count, factor)
         target = place(step.out)
         printer.store(step.epilogue, target.pointer, target.stride)
         once, column, row = printer.lines

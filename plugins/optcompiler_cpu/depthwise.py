@@ -75,10 +75,10 @@ def print_depthwise(step: Conv, isa: Isa) -> KernelCode:
     once: list[str] = []
 
     def column(count: str | None) -> list[str]:
-        spelled = "vf_load(acc + r * VL)"
-        if quantization is not None:
-            spelled = f"vf_mul({spelled}, scales)"
-        printer = VectorPrinter(pointers.params, place, spelled, count)
+        raw = "vf_load(acc + r * VL)"
+        spelled = raw if quantization is None else f"vf_mul({raw}, scales)"
+        factor = None if quantization is None else (raw, "scales")
+        printer = VectorPrinter(pointers.params, place, spelled, count, factor)
         target = place(step.out)
         printer.store(step.epilogue, target.pointer, target.stride)
         constant, middle, inner = printer.lines

@@ -102,11 +102,22 @@ def _vector_node(expr: Expr) -> bool:
             return False
 
 
+def without_clips(arg: Expr, inverse: float, low: int, high: int) -> Expr:
+    """`arg` without minima and maxima that saturation to [low, high] after scaling repeats."""
+    while isinstance(arg, Call) and arg.op in {"min", "max"} and isinstance(arg.args[1], Const):
+        bound = round(arg.args[1].value * inverse)
+        if not (bound <= low if arg.op == "max" else bound >= high):
+            break
+        arg = arg.args[0]
+    return arg
+
+
 class VectorPrinter:
     """Prints an expression as statements, each at the outermost level where it is constant.
 
     `place` locates a load, `accumulator` is the C expression (vf, or vi for integers) of the
     accumulator. `count` is None for whole vectors, else the C expression of the lanes in use.
+    `factor` splits an accumulator into (sum, scale), so that requantisation is one product.
     """
 
     def __init__(
@@ -115,8 +126,11 @@ class VectorPrinter:
         place: Callable[[View], Place],
         accumulator: str = "",
         count: str | None = None,
+        factor: tuple[str, str] | None = None,
     ) -> None:
         self.params = params
+        self.factor = factor
+        self._texts: dict[str, str] = {}
         self.place = place
         self.accumulator = accumulator
         self.count = count
@@ -200,26 +214,37 @@ class VectorPrinter:
 
     def _quantize(self, expr: Quantize) -> tuple[str, int]:
         low, high = LIMITS[expr.dtype]
-        arg = expr.arg
-        zero_is_low = isinstance(expr.zero_point, Const) and expr.zero_point.value == low
-        if zero_is_low and isinstance(arg, Call) and arg.op == "max":
-            # a ReLU below the quantised range is the saturation itself
-            other = arg.args[1]
-            if isinstance(other, Const) and other.value == 0:
-                arg = arg.args[0]
-        x, level = self._value(arg)
-        if isinstance(expr.scale, Const):
-            text = f"vf_mul({x}, vf_set({self._number(1 / expr.scale.value)}))"
+        if not (isinstance(expr.scale, Const) and isinstance(expr.zero_point, Const)):
+            x, level = self._value(expr.arg)
+            (scale, l1), (zero, l2) = self._value(expr.scale), self._real(expr.zero_point)
+            text = f"vf_add(vf_round(vf_div({x}, {scale})), {zero})"
+            limits = f"vf_set({float(low)}f)), vf_set({float(high)}f)"
+            return f"vf_int(vf_min(vf_max({text}, {limits}))", max(level, l1, l2)
+        inverse, zero = 1 / expr.scale.value, int(expr.zero_point.value)
+        factor = f"vf_set({self._number(inverse)})"
+        arg = without_clips(expr.arg, inverse, low - zero, high - zero)
+        if isinstance(arg, Accumulator) and self.factor is not None:
+            raw, scales = self.factor
+            text, level = f"vf_mul({raw}, {self._shared(f'vf_mul({scales}, {factor})', 1)})", 2
         else:
-            scale, other_level = self._value(expr.scale)
-            level = max(level, other_level)
-            text = f"vf_div({x}, {scale})"
-        zero, zero_level = self._real(expr.zero_point)
-        if not (isinstance(expr.zero_point, Const) and expr.zero_point.value == 0):
-            text = f"vf_add(vf_round({text}), {zero})"
-            level = max(level, zero_level)
-        limits = f"vf_set({float(low)}f)), vf_set({float(high)}f)"
-        return f"vf_int(vf_min(vf_max({text}, {limits}))", level
+            x, level = self._value(arg)
+            text = f"vf_mul({x}, {factor})"
+        low_text, high_text = (self._number(float(v - zero)) for v in (low, high))
+        text = f"vf_int(vf_min(vf_max({text}, vf_set({low_text})), vf_set({high_text})))"
+        # the zero point is added to whole numbers: rounding half to even comes before it
+        return (text if zero == 0 else f"vi_add({text}, vi_set({self._whole(zero)}))"), level
+
+    def _whole(self, value: int) -> str:
+        return f"(int32_t){self._number(float(value))}"
+
+    def _shared(self, text: str, level: int) -> str:
+        """A variable of type vf for `text`, made once."""
+        known = self._texts.get(text)
+        if known is None:
+            known = self._texts[text] = f"t{self._made}"
+            self._made += 1
+            self.lines[level].append(f"const vf {known} = {text};")
+        return known
 
     def _dequantize(self, expr: Dequantize) -> tuple[str, int]:
         q, level = self._value(expr.arg)
