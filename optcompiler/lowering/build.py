@@ -113,7 +113,8 @@ class Builder:
         if known is None:
             dtype = ir.DataType.from_numpy(array.dtype).name
             known = self.buffer(dtype, array.size, "constant", source)
-            known.array = np.ascontiguousarray(array)
+            repeated = array.ndim > 0 and not any(array.strides)
+            known.array = array if repeated else np.ascontiguousarray(array)
             self._constants[id(array)] = known
             self._kept.append(array)
         return whole(known, array.shape)

@@ -37,8 +37,8 @@ IMAGE_OPS = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalAveragePool"})
 class Lowering(Builder):
     """Drives the rules: every node in order, a region's other operands before its root."""
 
-    def __init__(self, program: Program, rules: Mapping[str, Rule]) -> None:
-        super().__init__(flatten(program))
+    def __init__(self, program: Program, rules: Mapping[str, Rule], values: bool) -> None:
+        super().__init__(flatten(program, values))
         self.rules = rules
         self.done: set[ir.Node] = set()
 

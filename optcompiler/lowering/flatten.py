@@ -46,11 +46,12 @@ def site_of(node: ir.Node) -> str:
     return node.metadata_props.get(SITE_KEY) or node.name or ""
 
 
-def flatten(program: Program) -> Flat:
+def flatten(program: Program, values: bool = True) -> Flat:
     """Expand functions, fold constants, and check that every shape is static.
 
     Raises `InputError` for a symbolic dimension, naming the input, and
-    `UnsupportedOperatorError` for a tensor type without a lowered form.
+    `UnsupportedOperatorError` for a tensor type without a lowered form. Without `values`, quantised
+    weights are zeros of the right type and shape: enough to say which kernels there are.
     """
     for port in program.inputs:
         if not port.static:
@@ -73,13 +74,13 @@ def flatten(program: Program) -> Flat:
         if value.const_value is not None:
             flat.constants[value] = value.const_value.numpy()
     for node in copy.graph:
-        if not _fold(node, flat):
+        if not _fold(node, flat, values):
             flat.nodes.append(node)
     _check(flat)
     return flat
 
 
-def _fold(node: ir.Node, flat: Flat) -> bool:
+def _fold(node: ir.Node, flat: Flat, contents: bool) -> bool:
     """Whether the node's outputs became constants. A dequantised constant stays an integer."""
     if node.op_type == "Shape" and node.inputs[0] is not None:
         shape = flat.constants.get(node.inputs[0])
@@ -99,9 +100,38 @@ def _fold(node: ir.Node, flat: Flat) -> bool:
         for a in node.attributes.values()
     ):
         return False
+    if node.op_type == "QuantizeLinear" and not flat.attributes(node).get("block_size"):
+        out = node.outputs[0]
+        flat.constants[out] = quantize_constant(node, flat, values, contents)
+        return True
     for value, array in zip(node.outputs, evaluate(node, values), strict=True):
         flat.constants[value] = np.asarray(array)
     return True
+
+
+def quantize_constant(
+    node: ir.Node, flat: Flat, values: list[np.ndarray | None], contents: bool
+) -> np.ndarray:
+    """`saturate(round(x / scale) + zero_point)`, or zeros where contents do not matter."""
+    x, scale, *rest = values
+    assert x is not None
+    assert scale is not None
+    dtype = node.outputs[0].dtype
+    assert dtype is not None
+    kind = np.dtype(dtype.numpy())
+    if not contents or not np.issubdtype(kind, np.integer):
+        if contents:
+            return np.asarray(evaluate(node, values)[0])
+        return np.broadcast_to(np.zeros((), kind), x.shape)
+    wide = [1] * x.ndim
+    if scale.ndim == 1 and scale.size > 1:
+        wide[int(flat.attributes(node).get("axis", 1)) % x.ndim] = scale.size
+    levels = x / scale.reshape(wide if scale.size > 1 else ())
+    np.rint(levels, out=levels)
+    if rest and rest[0] is not None and rest[0].any():
+        levels += rest[0].reshape(wide if rest[0].size > 1 else ())
+    limits = np.iinfo(kind)
+    return np.clip(levels, limits.min, limits.max, out=levels).astype(kind)
 
 
 def evaluate(node: ir.Node, values: list[np.ndarray | None]) -> list[np.ndarray]:

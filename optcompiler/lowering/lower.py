@@ -14,17 +14,18 @@ RULES = {**LAYOUT, **CONTRACTIONS, **REDUCTIONS}
 """What is not pointwise: operator → how it is lowered."""
 
 
-def lower(program: Program, *, plan: bool = True) -> Lowered:
+def lower(program: Program, *, plan: bool = True, values: bool = True) -> Lowered:
     """Lower a program of static shapes.
 
     Pointwise operators that follow a contraction, reduction, pooling or another pointwise one are
     fused into its step; functions of the program (fused regions) are expanded first, so a region is
     one step whether a pass drew it or not. Images are stored channels-last between steps. With
-    `plan` False the arena is left to the caller (`arena.plan`), who may change steps first.
+    `plan` False the arena is left to the caller (`arena.plan`), who may change steps first. With
+    `values` False weights that need computing are left out: for `kernels_of` alone.
 
     Raises `InputError` for dynamic shapes and `UnsupportedOperatorError` naming operator and node.
     """
-    lowering = Lowering(program, RULES)
+    lowering = Lowering(program, RULES, values)
     lowered = lowering.run()
     if plan:
         arena.plan(lowered)

@@ -44,7 +44,7 @@ class CpuBackend(Backend):
         )
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
-        return kernels_of(lower(program, plan=False))
+        return kernels_of(lower(program, plan=False, values=False))
 
     def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
         isa = pick_isa(target.options)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from optcompiler.errors import UnsupportedOperatorError
 from optcompiler.lowering.ir import (
     Conv,
     CumSum,
@@ -28,6 +29,7 @@ from optcompiler.lowering.ir import (
 from optcompiler_cpu.code import KernelCode, Pointer
 from optcompiler_cpu.contraction import print_contraction, print_tile
 from optcompiler_cpu.depthwise import is_direct, print_depthwise
+from optcompiler_cpu.expressions import C_TYPES
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.legalize import Halo
 from optcompiler_cpu.loops import print_cumsum, print_gather, print_halo, print_loop
@@ -102,6 +104,7 @@ def print_module(lowered: Lowered, isa: Isa) -> Module:
     scratch = ALIGNMENT
     ports = {p.buffer.index: i for i, p in enumerate((*lowered.inputs, *lowered.outputs))}
     for step in lowered.steps:
+        _check_types(step)
         code = PRINTERS[type(step)](step, isa)
         name = names.setdefault(code.text, f"kernel_{len(names)}")
         tiles |= code.tiles
@@ -141,6 +144,15 @@ def print_module(lowered: Lowered, isa: Isa) -> Module:
     )
     sources["net.c"] = (runtime / "net.c.in").read_text().replace("@TABLES@", tables)
     return Module(sources, weights, tuple(s.name for s in lowered.steps))
+
+
+def _check_types(step: Step) -> None:
+    for view in (step.out, *step.reads()):
+        if view.dtype not in C_TYPES:
+            raise UnsupportedOperatorError(
+                f"target cpu: node {step.nodes[0] if step.nodes else step.name!r} handles "
+                f"{view.dtype} tensors, which have no C type; cast them to FLOAT."
+            )
 
 
 def _ref(pointer: Pointer, blob: Blob, ports: Mapping[int, int]) -> str:
