@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from optcompiler.lowering import arena
+from optcompiler.lowering.composites import COMPOSITES
 from optcompiler.lowering.contractions import CONTRACTIONS
 from optcompiler.lowering.core import Lowering
 from optcompiler.lowering.ir import Lowered
@@ -10,7 +11,7 @@ from optcompiler.lowering.layout import LAYOUT
 from optcompiler.lowering.reductions import REDUCTIONS
 from optcompiler.program import Program
 
-RULES = {**LAYOUT, **CONTRACTIONS, **REDUCTIONS}
+RULES = {**LAYOUT, **CONTRACTIONS, **REDUCTIONS, **COMPOSITES}
 """What is not pointwise: operator → how it is lowered."""
 
 

@@ -140,6 +140,27 @@ FLOATS = {
             "step": np.array([-10]),
         },
     ),
+    "composites": (
+        """(float[2, 6, 5, 4] x, int64[2, 3] i, float[2, 9] t) => (float[2, 7, 10, 12] a,
+            float[2, 3] b, int64[2, 5, 4] c, int64[2, 6, 5, 1] d, float[4, 27] e, float[2, 9] f,
+            float[3] g) {
+            v = Conv(x, w)
+            n = InstanceNormalization(v, s, o)
+            r = Relu(n)
+            a = Resize<mode = "nearest", coordinate_transformation_mode = "asymmetric",
+                nearest_mode = "floor">(r, , scales)
+            b = GatherElements<axis = 1>(t, i)
+            c = ArgMax<axis = 1, keepdims = 0>(x)
+            d = ArgMin<axis = -1>(x)
+            e = Tile(t, repeats)
+            f = LogSoftmax(t)
+            g = GatherND(t, places)
+        }""",
+        {
+            "w": (7, 6, 1, 1), "s": (7,), "o": (7,), "scales": np.array([1, 1, 2, 3], np.float32),
+            "repeats": np.array([2, 3]), "places": np.array([[0, 1], [-1, 8], [1, 3]]),
+        },
+    ),
 }  # fmt: skip
 
 
