@@ -14,6 +14,7 @@ from optcompiler.errors import InputError, ToolchainError
 from optcompiler.target import Target
 
 if TYPE_CHECKING:
+    from optcompiler.cost import DeviceProfile
     from optcompiler.program import Program
 
 OPTIONS = {"precompile": ("0", "1"), "interpret": ("0", "1"), "arch": None}
@@ -42,6 +43,7 @@ class CudaBackend(Backend):
             per_channel=True,
             fusions=frozenset({"contraction", "pointwise", "normalization", "softmax"}),
             dynamic_shapes=False,
+            float_outputs=frozenset({"Conv", "MatMul", "Gemm", "AveragePool", "GlobalAveragePool"}),
         )
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
@@ -101,8 +103,15 @@ class CudaBackend(Backend):
             return InterpretedRunner(directory, threads)
         raise ToolchainError(
             "torch sees no CUDA device to run this artifact on; run it on a machine with a GPU, or "
-            "set TRITON_INTERPRET=1 to interpret its kernels on the CPU, slowly."
+            "interpret its kernels on the CPU, slowly: target cuda:interpret=1, or the environment "
+            "variable TRITON_INTERPRET=1."
         )
+
+    def nominal_profile(self, target: Target) -> DeviceProfile | None:
+        """An H100 by its data sheet, whichever `arch` is compiled for."""
+        from optcompiler_cuda.nominal import hopper
+
+        return hopper(target.threads)
 
     def versions(self) -> Mapping[str, str]:
         found = {}

@@ -62,6 +62,8 @@ class GpuRunner(Runner):
 class InterpretedRunner(Runner):
     """A worker process that interprets the kernels on the CPU."""
 
+    timed = False
+
     def __init__(self, directory: Path, threads: int) -> None:
         self.worker = Worker(directory, threads)
 

@@ -426,6 +426,21 @@ def test_golden_kernels() -> None:
     assert source == GOLDEN.read_text(), f"run with {UPDATE}=1 and review the difference"
 
 
+def test_without_a_gpu_integers_are_predicted_faster_and_nothing_is_timed(tmp_path: Path) -> None:
+    from optcompiler.backend import Kernel
+    from optcompiler.cost import RooflineCostModel
+
+    assert not InterpretedRunner.timed
+    profile = CudaBackend().nominal_profile(Target("cuda"))
+    assert profile is not None
+    assert profile.estimated
+    float_us, int8_us = (
+        RooflineCostModel().kernel_us(Kernel("k", "gemm", dtype, (), macs=10**9), profile)
+        for dtype in ("fp32", "int8")
+    )
+    assert int8_us < float_us / 2
+
+
 def test_without_a_gpu_loading_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
     import torch
 
