@@ -17,8 +17,8 @@ from optcompiler import artifact, device, finish, pipeline
 from optcompiler.batching import Batched
 from optcompiler.budget import Budget
 from optcompiler.compiled import Compiled
-from optcompiler.executor import to_torch
 from optcompiler.errors import GateError, InputError, OptcompilerError
+from optcompiler.executor import to_torch
 from optcompiler.finish import Built
 from optcompiler.ledger import REVERTED
 from optcompiler.planner import Planner, Probe
@@ -27,13 +27,12 @@ from optcompiler.program import Program
 from optcompiler.progress import Silent
 from optcompiler.rewriting import Batch, Pass, PassContext, Progress, Stage
 from optcompiler.session import Session, judge_of
+from optcompiler.signature import Signature, is_torch
 from optcompiler.target import Target
 
 if TYPE_CHECKING:
-    from optcompiler.backend import Backend, Capabilities
-    from optcompiler.cost import DeviceProfile
+    from optcompiler.backend import Capabilities
     from optcompiler.program import Port
-    from optcompiler.signature import Signature
 
 WEIGHING_SAMPLES = 16
 """Samples on which one candidate alone is damaged; the plan as a whole is judged on all."""
@@ -41,7 +40,7 @@ WEIGHING_SAMPLES = 16
 Precision = str
 
 
-def compile(  # noqa: A001 - the name users expect
+def compile(
     model: Any,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
@@ -345,7 +344,7 @@ class _Job:
         if failed:
             raise GateError(
                 "; ".join(f"{g['name']} is {g['value']:.4g}, over {g['limit']:.4g}" for g in failed)
-                + ": no plan found meets the budget; the best one is kept on the error.",
+                + "; loosen the budget, or take the best artifact found.",
                 compiled,
             )
         return compiled
@@ -468,7 +467,4 @@ def _any_torch(tree: Any) -> bool:
         return any(_any_torch(v) for v in tree.values())
     if isinstance(tree, (tuple, list)):
         return any(_any_torch(v) for v in tree)
-    return type(tree).__module__.split(".")[0] == "torch"
-
-
-DeviceProfileOf = Callable[["Backend", Target], "DeviceProfile"]
+    return is_torch(tree)

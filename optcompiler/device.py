@@ -130,18 +130,6 @@ def _write(path: Path, profile: DeviceProfile) -> None:
 # -- timing ------------------------------------------------------------------------------------
 
 
-def time_us(run: Callable[[], object], *, seconds: float = 0.15, most: int = 400) -> float:
-    """Median microseconds of `run` after a warm-up, over at least 5 calls."""
-    run()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < most):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times)
-
-
 def interleaved_us(
     runs: Sequence[Callable[[], object]], *, seconds: float = 1.0, most: int = 300
 ) -> list[float]:
@@ -186,22 +174,19 @@ def measure(
     probes = list(_probes(integers="int8" in backend.capabilities(target).precisions))
     programs = [p for probe in probes for p in (probe.program, probe.longer) if p is not None]
     times: dict[int, float] = {}
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        built = [pool.submit(_build, backend, target, p) for p in programs]
-        tracked = zip(programs, built, strict=True)
-        items = list(tracked)
-        for program, future in progress.track(items, f"measuring {target}") if progress else items:
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    try:
+        first = _build(backend, target, programs[0])
+        if first is None or not _keep_time(first, programs[0], times):
+            return None
+        rest = programs[1:]
+        built = [(p, pool.submit(_build, backend, target, p)) for p in rest]
+        for program, future in progress.track(built, f"measuring {target}") if progress else built:
             made = future.result()
-            if made is None:
-                continue
-            runner, scratch = made
-            try:
-                if not runner.timed:
-                    return None
-                times[id(program)] = _time(runner, program)
-            finally:
-                runner.close()
-                scratch.cleanup()
+            if made is not None:
+                _keep_time(made, program, times)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
     profile = _launches(backend, target, probes, times)
     for rate in ("bytes", "flop", "mac"):
         profile = _fitted(backend, target, profile, rate, probes, times)
@@ -219,6 +204,18 @@ def _build(backend: Backend, target: Target, program: Program) -> Made | None:
     except UnsupportedOperatorError:
         scratch.cleanup()
         return None
+
+
+def _keep_time(made: Made, program: Program, times: dict[int, float]) -> bool:
+    """Time what was built and remove it; False where time says nothing about the target."""
+    runner, scratch = made
+    try:
+        if runner.timed:
+            times[id(program)] = _time(runner, program)
+        return runner.timed
+    finally:
+        runner.close()
+        scratch.cleanup()
 
 
 def _time(runner: Runner, program: Program) -> float:

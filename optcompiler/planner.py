@@ -13,13 +13,13 @@ alone were left out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from optcompiler.budget import Budget
 from optcompiler.damage import Judge
 from optcompiler.errors import Declined, VerificationError
-from optcompiler.ledger import DECLINED, REJECTED, ROLLED_BACK, TAKEN
+from optcompiler.ledger import DECLINED, REJECTED, ROLLED_BACK, TAKEN, Row
 from optcompiler.program import Program
 from optcompiler.rewriting import Candidate, Pass, Stage
 from optcompiler.session import Scorer, Session
@@ -27,7 +27,13 @@ from optcompiler.session import Scorer, Session
 PROBES = 6
 """Most prefixes that one search tries."""
 
+NEGLIGIBLE = 0.1
+"""A plan that spends less than this share of the budget is not worth tuning."""
+
 Key = tuple[str, str, str]
+
+Tuned = tuple[Pass, Candidate, float, float, bool]
+"""A tuning pass and its candidate, the damage before and after, and whether it was kept."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Probe:
     holds: bool
     why: str
     refused: dict[Key, tuple[str, str]]
-    tuned: tuple[tuple[Pass, Candidate, float, float, bool], ...] = ()
+    tuned: tuple[Tuned, ...] = ()
 
 
 class Planner:
@@ -123,6 +129,10 @@ class Planner:
             reason = f"damage {before:.3g} before, {after:.3g} after"
             row = session.row(pass_, candidate, outcome, reason)
             session.ledger.add(replace(row, damage=after))
+        if not best.tuned:
+            for tuner in self.tuners:
+                why = "the plan spends too little of the budget to be worth tuning"
+                session.ledger.add(Row(tuner.name, "program", "-", DECLINED, why, exact=False))
         return best
 
     _limit_text = "the budget was spent on candidates that save more for less damage"
@@ -229,20 +239,10 @@ class Planner:
     def _probe(self, base: Program, prefix: Sequence[Offer]) -> Probe:
         chosen = _deepest(prefix)
         program, refused = self._realise(base, chosen)
-        tuned: list[tuple[Pass, Candidate, float, float, bool]] = []
         damage = self.judge.damage(program)
-        for tuner in self.tuners:
-            for candidate in self.session.propose(tuner, program, record=False):
-                try:
-                    after = self.session.patch(tuner, candidate, program).after
-                except (Declined, VerificationError) as error:
-                    self.session.progress.note(f"{tuner.name}: {error}")
-                    continue
-                changed = self.judge.damage(after)
-                kept = changed < damage
-                tuned.append((tuner, candidate, damage, changed, kept))
-                if kept:
-                    program, damage = after, changed
+        tuned: list[Tuned] = []
+        if self._worth_tuning(program, damage):
+            program, damage, tuned = self._tune(program, damage)
         holds, why, score = self._within(program, damage)
         self.session.progress.note(
             f"{len(chosen)} lossy candidates: damage {damage:.3g}"
@@ -253,6 +253,33 @@ class Planner:
             tuple(o for o in chosen if o.key not in refused),
             program, damage, score, holds, why, refused, tuple(tuned),
         )  # fmt: skip
+
+    def _worth_tuning(self, program: Program, damage: float) -> bool:
+        """Whether the plan spends a share of the budget that is worth winning back."""
+        if not self.tuners or damage == 0:
+            return False
+        limit = self.budget.damage_limit
+        if damage > NEGLIGIBLE * limit or (limit == float("inf") and self.budget.max_drop is None):
+            return True
+        if self.score is None or self.teacher_score is None or self.budget.max_drop is None:
+            return False
+        drop = self.budget.drop(self.teacher_score, self.score(program))
+        return drop > NEGLIGIBLE * self.budget.max_drop
+
+    def _tune(self, program: Program, damage: float) -> tuple[Program, float, list[Tuned]]:
+        tuned: list[Tuned] = []
+        for tuner in self.tuners:
+            for candidate in self.session.propose(tuner, program, record=False):
+                try:
+                    after = self.session.patch(tuner, candidate, program).after
+                except (Declined, VerificationError) as error:
+                    self.session.progress.note(f"{tuner.name}: {error}")
+                    continue
+                changed = self.judge.damage(after)
+                tuned.append((tuner, candidate, damage, changed, changed < damage))
+                if changed < damage:
+                    program, damage = after, changed
+        return program, damage, tuned
 
     def _realise(
         self, base: Program, chosen: Sequence[Offer]
@@ -301,6 +328,3 @@ class Planner:
 def _deepest(prefix: Sequence[Offer]) -> list[Offer]:
     """The last offer of each site, in the order in which the passes proposed them."""
     return list({o.site: o for o in prefix}.values())
-
-
-Score = Callable[[Program], float]

@@ -141,7 +141,10 @@ class Pass(ABC):
     def options(self) -> dict[str, Any]:
         """The options as plain values, for the ledger and the manifest; a function by its name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {k: v.__qualname__ if callable(v) else v for k, v in values.items()}
+        return {
+            k: getattr(v, "__qualname__", type(v).__name__) if callable(v) else v
+            for k, v in values.items()
+        }
 
 
 @dataclass(frozen=True)

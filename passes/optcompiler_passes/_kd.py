@@ -228,6 +228,18 @@ class Loss:
 # -- data -----------------------------------------------------------------------------------
 
 
+def macs_per_sample(context: PassContext) -> int:
+    """Multiply-accumulates of the teacher for one sample."""
+    nodes = context.teacher.inlined().graph
+    specs = [(context.ops.get(n), n) for n in nodes]
+    macs = sum(s.cost(n).macs for s, n in specs if s is not None)
+    return macs // max(_size(context.calibration[0]) if _fixed(context.teacher) else 1, 1)
+
+
+def _fixed(program: Program) -> bool:
+    return all(isinstance(d, int) for p in program.inputs for d in p.shape[:1])
+
+
 def sample_count(batches: Sequence[Batch]) -> int:
     """Samples in the batches: the sizes of their first axes."""
     return sum(_size(b) for b in batches)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from optcompiler.errors import InputError
 from optcompiler.program import Program
 from optcompiler.rewriting import Candidate, Decline, Pass, PassContext, Stage
+
+PASSES = 4
+"""Forward passes that one step costs: the teacher's, the student's, and two for the gradients."""
+
+FEWEST_STEPS = 20
 
 ROLES = ("scales", "biases", "weights", "zero_points")
 
@@ -34,7 +39,9 @@ class Distill(Pass):
        (the calibration batches when there are none); the rewrite is declined when that is the
        state it began with.
     5. Inputs that are all floating point are mixed at random, teacher and student seeing the same.
-    6. The same seed, device and number of threads give the same result, unless `minutes` is
+    6. At most `steps` steps are taken, fewer (but at least 20) for a model so large that they would
+       cost more than `work_tmacs` tera multiply-accumulates.
+    7. The same seed, device and number of threads give the same result, unless `minutes` is
        reached: then fewer steps are planned after the first few.
 
     It declines when the program computes what the teacher does, and without calibration data.
@@ -49,6 +56,7 @@ class Distill(Pass):
     temperature: float = 2.0
     block_weight: float = 1.0
     learn: tuple[str, ...] = ROLES
+    work_tmacs: float = 4.0
     batch_size: int = 32
     augment: bool = True
     minutes: float = 10.0
@@ -58,7 +66,7 @@ class Distill(Pass):
         unknown = [r for r in self.learn if r not in ROLES]
         if unknown:
             raise InputError(f"distill: cannot learn {unknown[0]!r}; take from {', '.join(ROLES)}.")
-        for name in ("steps", "learning_rate", "temperature", "batch_size", "minutes"):
+        for name in ("steps", "learning_rate", "temperature", "work_tmacs", "batch_size", "minutes"):
             value = getattr(self, name)
             if not value > 0:
                 raise InputError(f"distill: {name}={value}; give a positive number.")
@@ -79,13 +87,16 @@ class Distill(Pass):
             return
 
         samples = _kd.sample_count(context.calibration)
+        each = _kd.macs_per_sample(context) * min(self.batch_size, samples)
+        afforded = int(1e12 * self.work_tmacs / max(PASSES * each, 1))
+        steps = min(self.steps, max(afforded, FEWEST_STEPS))
 
         def rewrite(student: Program) -> None:
-            _kd.distill(student, context, self)
+            _kd.distill(student, context, replace(self, steps=steps))
 
         yield Candidate(
             "program",
-            f"kd {self.steps} steps",
+            f"kd {steps} steps",
             rewrite,
             exact=False,
             note=f"{len(learnt)} tensors learn from {samples} samples",
