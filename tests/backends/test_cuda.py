@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,31 @@ def elements() -> Program:
     )  # fmt: skip
 
 
-TEMPLATES = {"contractions": contractions, "rows": rows, "elements": elements}
+def types() -> Program:
+    return text(
+        """types (double[2,3] d, bool[4] p, bool[4] q, uint8[2,5] u, int32[2,5] i, float[2,3] f)
+        => (double[2,3] double_exp, double[2,3] double_round, bool[4] both, bool[4] same,
+            float[2,5] widened, int32[2,5] largest, uint8[2,5] narrowed, float[2,3] patched,
+            bool[2,3] nan, float[2,3] sign) {
+          square = Mul(d, d)
+          double_exp = Exp(square)
+          double_round = Round(d)
+          both = And(p, q)
+          different = Xor(p, q)
+          same = Not(different)
+          widened = Cast<to=1>(u)
+          largest = Max(i, ramp)
+          narrowed = Cast<to=2>(largest)
+          root = Sqrt(f)
+          nan = IsNaN(root)
+          patched = Where(nan, f, root)
+          sign = Sign(f)
+        }""",
+        ramp=np.array([[1, 2, 3, 4, 5]], dtype=np.int32),
+    )  # fmt: skip
+
+
+TEMPLATES = {"contractions": contractions, "rows": rows, "elements": elements, "types": types}
 CASES = {
     "contractions": [
         "strided", "pointwise_filter", "depthwise", "grouped", "multiplied", "dilated",
@@ -172,6 +197,10 @@ CASES = {
     "elements": [
         "gather", "reshape", "transpose", "slice", "pad", "concat", "broadcast", "hard", "less",
         "integers", "gelu", "power", "modulo", "quotient", "chosen", "cast", "levels",
+    ],
+    "types": [
+        "double_exp", "double_round", "both", "same", "widened", "largest", "narrowed", "patched",
+        "nan", "sign",
     ],
 }  # fmt: skip
 
@@ -382,6 +411,31 @@ def test_cubins_are_compiled_without_a_gpu_and_reproducibly(tmp_path: Path) -> N
     assert about["signature"] == {"a": "*fp32", "b": "*fp32", "out": "*fp32"}
     assert about["block"] == [about["num_warps"] * 32, 1, 1]
     assert about["shared_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_template_compiles_for_hopper(name: str, tmp_path: Path) -> None:
+    info = CudaBackend().lower(TEMPLATES[name](), Target("cuda"), tmp_path)
+    assert len(list(tmp_path.glob("cubins/*.cubin"))) == info["specialisations"]
+
+
+def test_integer_convolution_compiles_for_hopper(tmp_path: Path) -> None:
+    program = quantized(cnn(), tmp_path, "QInt8")
+    directory = tmp_path / "artifact"
+    directory.mkdir()
+    CudaBackend().lower(program, Target("cuda"), directory)
+    assert list(directory.glob("cubins/conv_int8_*.cubin"))
+
+
+def test_a_failing_kernel_names_the_remedy(tmp_path: Path) -> None:
+    from optcompiler.lowering import lower
+    from optcompiler_cuda.precompile import precompile
+
+    emitted = emit(lower(text(PRODUCT, w=floats(64, 32))))
+    broken = emitted.source.replace("tl.dot(", "tl.no_such_function(")
+    replace(emitted, source=broken).write(tmp_path)
+    with pytest.raises(ToolchainError, match=r"(?s)no_such_function.*precompile=0"):
+        precompile(tmp_path, 90)
 
 
 def test_steps_that_differ_in_sizes_alone_share_a_function() -> None:
