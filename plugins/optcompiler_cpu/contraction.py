@@ -470,7 +470,7 @@ def print_tile(kind: str, vectors: int, rows: int) -> str:
         f"long inner, long inner_stride, long length, const {weight} *w, const {total} *init, "
         f"{total} *acc)"
     )
-    return f"__attribute__((noinline, noclone)) void {signature} {{\n{indent(lines)}\n}}\n"
+    return f"TILE void {signature} {{\n{indent(lines)}\n}}\n"
 
 
 def tile_name(kind: str, vectors: int, rows: int) -> str:

@@ -7,6 +7,11 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline, unused))
+#if defined(__clang__)
+#define TILE __attribute__((noinline))
+#else
+#define TILE __attribute__((noinline, noclone))
+#endif
 
 INLINE int32_t load32(const void *p) { int32_t x; memcpy(&x, p, 4); return x; }
 
@@ -73,6 +78,9 @@ INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 INLINE vi vi_shr(vi a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
 INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
+INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
+INLINE float vf_hmin(vf a) { return _mm512_reduce_min_ps(a); }
+INLINE vf vf_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 /* four unsigned bytes of a4 against four signed bytes in each lane of w */
 INLINE vi vi_dot(vi c, int32_t a4, vi w) { return _mm512_dpbusd_epi32(c, _mm512_set1_epi32(a4), w); }
 
@@ -146,6 +154,12 @@ INLINE float vf_sum(vf a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
+INLINE float vf_hmax(vf a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+INLINE float vf_hmin(vf a) { return -vf_hmax(_mm256_xor_ps(a, _mm256_set1_ps(-0.0f))); }
 /* widened to 16 bits: vpmaddubsw would saturate */
 INLINE vi vi_dot(vi c, int32_t a4, vi w) {
   __m256i a = _mm256_cvtepu8_epi16(_mm_set1_epi32(a4));
@@ -214,6 +228,8 @@ INLINE vi vi_shr(vi a, int n) {
   return (vi)((vu)a >> n);
 }
 INLINE float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+INLINE float vf_hmax(vf a) { float m = a[0]; EACH(i) m = a[i] > m ? a[i] : m; return m; }
+INLINE float vf_hmin(vf a) { float m = a[0]; EACH(i) m = a[i] < m ? a[i] : m; return m; }
 INLINE vi vi_dot(vi c, int32_t a4, vi w) {
   uint8_t a[4];
   int8_t b[16];
@@ -238,9 +254,15 @@ INLINE vf vm_float(vm m) { return vf_where(m, vf_set(1.0f), vf_set(0.0f)); }
 INLINE vf vf_keep(vf a, int n, float fill) { float t[VL]; vf_store(t, a); for (int i = n; i < VL; ++i) t[i] = fill; return vf_load(t); }
 INLINE vf vf_neg(vf a) { return vf_sub(vf_set(-0.0f), a); }
 INLINE vf vf_reciprocal(vf a) { return vf_div(vf_set(1.0f), a); }
-INLINE float vf_hmax(vf a) { float t[VL], m; vf_store(t, a); m = t[0]; for (int i = 1; i < VL; ++i) m = t[i] > m || t[i] != t[i] ? t[i] : m; return m; }
-INLINE float vf_hmin(vf a) { float t[VL], m; vf_store(t, a); m = t[0]; for (int i = 1; i < VL; ++i) m = t[i] < m || t[i] != t[i] ? t[i] : m; return m; }
 INLINE float vf_hprod(vf a) { float t[VL], m; vf_store(t, a); m = t[0]; for (int i = 1; i < VL; ++i) m *= t[i]; return m; }
+
+#if !defined(OC_AVX512_VNNI)
+/* a 2^n for whole n in [-252, 254]: by two factors, either a normal number */
+INLINE vf vf_scale2(vf a, vf n) {
+  vf half = vf_floor(vf_mul(n, vf_set(0.5f)));
+  return vf_mul(vf_mul(a, vf_exponent(vf_int(half))), vf_exponent(vf_int(vf_sub(n, half))));
+}
+#endif
 
 /* exp: 2^n e^r, |r| <= ln 2 / 2, polynomial of degree 6; relative error below 2e-7. */
 INLINE vf vf_exp(vf x) {
@@ -256,8 +278,7 @@ INLINE vf vf_exp(vf x) {
   p = vf_fma(p, r, vf_set(1.6666665459e-1f));
   p = vf_fma(p, r, vf_set(5.0000001201e-1f));
   p = vf_fma(p, vf_mul(r, r), vf_add(r, vf_set(1.0f)));
-  vf half = vf_floor(vf_mul(n, vf_set(0.5f)));
-  p = vf_mul(vf_mul(p, vf_exponent(vf_int(half))), vf_exponent(vf_int(vf_sub(n, half))));
+  p = vf_scale2(p, n);
   p = vf_where(vf_lt(vf_set(88.72284f), x), vf_set(INFINITY), p);
   return vf_where(bad, x, p);
 }
