@@ -32,13 +32,12 @@ from optcompiler.lowering.ir import (
     Softmax,
     Step,
     View,
-    operands_of,
     row_major,
 )
 from optcompiler.program import Program
 from tests.support import NUMPY_TYPES, assert_close, random_inputs, run_onnx
 
-HEAD = '<ir_version: 10, opset_import: ["": 20, "optcompiler.fused": 1]> g '
+HEAD = '<ir_version: 10, opset_import: ["": 21, "optcompiler.fused": 1]> g '
 
 
 def program(body: str, **weights: np.ndarray | tuple[int, ...]) -> Program:
@@ -280,13 +279,28 @@ def test_a_bias_of_another_scale_stays_in_the_epilogue() -> None:
     assert conv.a.quantization is not None
 
 
+def test_weights_of_four_bits_in_blocks_become_floats() -> None:
+    source = program(
+        """(float[2, 6] x) => (float[2, 3] y) {
+            q = QuantizeLinear<axis = 0>(w, s, z)
+            d = DequantizeLinear<axis = 0, block_size = 2>(v, t)
+            m = DequantizeLinear<axis = 0>(q, s, z)
+            a = Add(d, m)
+            y = MatMul(x, a)
+        }""",
+        w=(6, 3), s=np.full(6, 0.1, np.float32), z=np.arange(6, dtype=np.int8),
+        v=np.arange(18, dtype=np.int8).reshape(6, 3), t=(3, 3),
+    )  # fmt: skip
+    check(source)
+
+
 def test_functions_are_expanded_and_named_by_their_calls() -> None:
     text = (
         HEAD
         + """(float[2, 3] x, float[3, 4] w) => (float[2, 4] y) {
         y = optcompiler.fused.region(x, w)
     }
-    <domain: "optcompiler.fused", opset_import: ["": 20]>
+    <domain: "optcompiler.fused", opset_import: ["": 21]>
     region (a, b) => (c) { m = MatMul(a, b) c = Relu(m) }
     """
     )

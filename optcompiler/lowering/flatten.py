@@ -17,6 +17,9 @@ from optcompiler.lowering.ir import ITEM_SIZES
 from optcompiler.ops.spec import attributes_of
 from optcompiler.program import Program, static_shape
 
+KERNEL_INTEGERS = (np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int32))
+"""Types whose constants stay integers, for a contraction or the expression that reads them."""
+
 SITE_KEY = "optcompiler.site"
 """Metadata key of an expanded node: the main-graph node it came from."""
 
@@ -81,7 +84,7 @@ def flatten(program: Program, values: bool = True) -> Flat:
 
 
 def _fold(node: ir.Node, flat: Flat, contents: bool) -> bool:
-    """Whether the node's outputs became constants. A dequantised constant stays an integer."""
+    """Whether the node's outputs became constants; see `KERNEL_INTEGERS` for what does not."""
     if node.op_type == "Shape" and node.inputs[0] is not None:
         shape = flat.constants.get(node.inputs[0])
         dims = shape.shape if shape is not None else static_shape(node.inputs[0])
@@ -90,7 +93,7 @@ def _fold(node: ir.Node, flat: Flat, contents: bool) -> bool:
             part = dims[attributes.get("start") or 0 : attributes.get("end")]
             flat.constants[node.outputs[0]] = np.array(part, np.int64)
             return True
-    if node.domain != "" or node.op_type in {"DequantizeLinear", "RandomNormal", "RandomUniform"}:
+    if node.domain != "" or node.op_type in {"RandomNormal", "RandomUniform"}:
         return False
     values = [None if v is None else flat.constants.get(v) for v in node.inputs]
     if any(v is not None and c is None for v, c in zip(node.inputs, values, strict=True)):
@@ -100,6 +103,12 @@ def _fold(node: ir.Node, flat: Flat, contents: bool) -> bool:
         for a in node.attributes.values()
     ):
         return False
+    if node.op_type == "DequantizeLinear":
+        block = int(flat.attributes(node).get("block_size") or 0)
+        if values[0] is not None and (block or values[0].dtype not in KERNEL_INTEGERS):
+            flat.constants[node.outputs[0]] = dequantize_constant(node, flat, values, block)
+            return True
+        return False
     if node.op_type == "QuantizeLinear" and not flat.attributes(node).get("block_size"):
         out = node.outputs[0]
         flat.constants[out] = quantize_constant(node, flat, values, contents)
@@ -107,6 +116,30 @@ def _fold(node: ir.Node, flat: Flat, contents: bool) -> bool:
     for value, array in zip(node.outputs, evaluate(node, values), strict=True):
         flat.constants[value] = np.asarray(array)
     return True
+
+
+def dequantize_constant(
+    node: ir.Node, flat: Flat, values: list[np.ndarray | None], block: int
+) -> np.ndarray:
+    """`(q - zero_point) * scale` for types and granularities that kernels do not read."""
+    q, scale, *rest = values
+    assert q is not None
+    assert scale is not None
+    axis = int(flat.attributes(node).get("axis", 1)) % max(q.ndim, 1)
+
+    def spread(parameter: np.ndarray) -> np.ndarray:
+        real = parameter.astype(np.float32)
+        if block:
+            whole = np.repeat(real, block, axis)
+            return np.take(whole, np.arange(q.shape[axis]), axis)
+        if real.size == 1:
+            return real.reshape(())
+        return real.reshape([-1 if i == axis else 1 for i in range(q.ndim)])
+
+    levels = q.astype(np.float32)
+    if rest and rest[0] is not None:
+        levels -= spread(rest[0])
+    return levels * spread(scale)
 
 
 def quantize_constant(

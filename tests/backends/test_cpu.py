@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import threading
 from pathlib import Path
@@ -298,6 +299,25 @@ def test_integer_programs_agree_and_are_equal_on_every_isa(name: str, tmp_path: 
         for a, b in zip(results[0], other, strict=True):
             if a.dtype != np.float32 and name != "products":
                 np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_functions_are_accurate_and_pass_on_what_is_not_finite(isa: str, tmp_path: Path) -> None:
+    names = ("Exp", "Log", "Tanh", "Erf", "Sigmoid")
+    size = 4007
+    outputs = ", ".join(f"float[{size}] y{n}" for n in names)
+    body = " ".join(f"y{n} = {n}(x)" for n in names)
+    source = program(f"(float[{size}] x) => ({outputs}) {{ {body} }}")
+    special = np.array([0, -0.0, 1e-30, 88.0, -87.0, np.inf, np.nan], np.float32)
+    x = np.concatenate([np.linspace(-12, 12, size - 7, dtype=np.float32), special])
+    wide = x.astype(np.float64)
+    with np.errstate(all="ignore"):
+        wants = (
+            np.exp(wide), np.log(wide), np.tanh(wide), np.vectorize(math.erf)(wide),
+            1 / (1 + np.exp(-wide)),
+        )  # fmt: skip
+    for got, want in zip(compiled(source, tmp_path, isa, {"x": x}), wants, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=5e-7)
 
 
 def test_integer_contractions_are_integer_kernels() -> None:
