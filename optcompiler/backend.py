@@ -1,4 +1,4 @@
-"""The contract of a backend: which kernels a program becomes, the artifact's code, and running it."""
+"""The contract of a backend: the kernels a program becomes, the artifact's code, running it."""
 
 from __future__ import annotations
 
@@ -88,10 +88,11 @@ class Runner(ABC):
 
     def close(self) -> None:
         """Release what the runner holds. Calling it twice is harmless."""
+        return
 
 
 class Backend(ABC):
-    """Turns programs into code. Instances are stateless and cheap; importing one imports no torch."""
+    """Turns programs into code. Instances are stateless and cheap; importing imports no torch."""
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
@@ -114,10 +115,14 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
-        """Open what `lower` wrote; `info` is what it returned. Needs neither torch nor a compiler."""
+        """Open what `lower` wrote; `info` is what it returned. Needs no torch and no compiler."""
+
+    def runs_here(self, target: Target) -> bool:
+        """Whether `load` can run the artifact on this machine; if not, it is only written."""
+        return True
 
     def nominal_profile(self, target: Target) -> DeviceProfile | None:
-        """The device by its data sheet, for predicting where it cannot be measured; None if unknown."""
+        """The device by its data sheet, where it cannot be measured; None if unknown."""
         return None
 
     def versions(self) -> Mapping[str, str]:

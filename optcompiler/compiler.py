@@ -58,10 +58,10 @@ def compile(
 ) -> Compiled:
     """Compile `model` for `target` inside `budget`.
 
-    `model`: an nn.Module, ExportedProgram, fx.GraphModule, a .pt2 or .onnx path, an onnx ModelProto,
-    an onnx_ir Model or a Program. `example_inputs`: a tuple, or a dict by name; not needed for ONNX.
-    `precision`: "fp32" (exact passes only), a precision of the target such as "int8", or "auto" (all
-    that the target has). `calibration`: an iterable of inputs, a folder of .npz files, or None.
+    `model`: an nn.Module, ExportedProgram, fx.GraphModule, a .pt2 or .onnx path, an onnx
+    ModelProto, an onnx_ir Model or a Program. `example_inputs`: a tuple, or a dict by name; not
+    needed for ONNX. `precision`: "fp32" (exact passes only), a precision of the target such as
+    "int8", or "auto" (all that the target has). `calibration`: an iterable of inputs, a folder of .npz files, or None.
     `passes`: None for the default pipeline, else names (with options), passes, or "default".
     `dynamic`: dimensions that stay symbolic, see `frontend.import_model`. `damage`: "kl" or "nmse".
 
@@ -114,8 +114,8 @@ class _Job:
         batches = load_calibration(calibration, signature, note=progress.note)
         if precision not in ("auto", "fp32") and not batches:
             raise InputError(
-                f"precision {precision} needs calibration data; pass calibration=... (a few batches "
-                f"of inputs), or precision='fp32'."
+                f"precision {precision} needs calibration data; pass calibration=... (a few "
+                f"batches of inputs), or precision='fp32'."
             )
         if precision == "fp32":
             chosen = [p for p in chosen if p.stage is not Stage.QUANTIZE]
@@ -273,7 +273,7 @@ class _Job:
             keys += [(p.name, c.site, c.choice) for p, c, *_, kept in probe.tuned if kept]
             winner = exact if exact is not None and not finish.slower(exact, fastest) else fastest
             self._revert(keys, final, winner)
-            if winner is exact:
+            if exact is not None and winner is exact:
                 return exact, None
         for row in list(self.session.ledger):
             if row.outcome == "taken" and row.exact:
@@ -324,6 +324,7 @@ class _Job:
             ],
             "damage": damage,
             "damage_measure": self.damage,
+            "ran_here": session.backend.runs_here(session.target),
             "metric": metric,
             "macs": {"before": self._macs(session.teacher), "after": self._macs(final.program)},
             "size_bytes": {"before": session.teacher.weight_bytes, "after": size},
@@ -369,7 +370,10 @@ class _Job:
     def _macs(self, program: Program) -> int:
         table = self.session.context.ops
         total = 0
-        for node in program.inlined().graph:
+        flat = program.inlined()
+        if program.functions:
+            flat.infer_shapes()
+        for node in flat.graph:
             spec = table.get(node)
             total += spec.cost(node).macs if spec else 0
         return total

@@ -81,6 +81,14 @@ class CudaBackend(Backend):
             "arena_bytes": emitted.schedule.arena_bytes,
         }
 
+    def runs_here(self, target: Target) -> bool:
+        """Whether there is a GPU, or the kernels are to be interpreted."""
+        if os.environ.get("TRITON_INTERPRET") == "1" or target.options.get("interpret", "0") == "1":
+            return True
+        import torch
+
+        return torch.cuda.is_available()
+
     def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
         """Open an artifact on the GPU, or under Triton's interpreter.
 
