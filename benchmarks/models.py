@@ -167,9 +167,7 @@ def minilm() -> Case:
         return 100 * float((best == torch.arange(len(tested))[:, None]).any(1).float().mean())
 
     held_out = [tokens([text]) for _, text in pairs[264:272]]
-    return Case(
-        "MiniLM-L6", module, held_out[0], calibration, held_out, recall, "recall@10 in %"
-    )
+    return Case("MiniLM-L6", module, held_out[0], calibration, held_out, recall, "recall@10 in %")
 
 
 class TwoLayerEncoder(nn.Module):

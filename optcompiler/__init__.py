@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optcompiler.backend import Backend, Capabilities, Kernel, Runner
     from optcompiler.budget import Budget
     from optcompiler.compiled import Compiled, load
-    from optcompiler.compiler import compile  # noqa: A004
+    from optcompiler.compiler import compile
     from optcompiler.errors import Declined, OptcompilerError
     from optcompiler.ledger import Ledger
     from optcompiler.plugins import Registry

@@ -21,6 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from optcompiler.backend import Kernel
@@ -33,7 +34,7 @@ def at(curve: Curve, size: float) -> float:
     """The rate at `size`: log-log interpolation, constant outside the measured range."""
     if size <= curve[0][0]:
         return curve[0][1]
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(curve):
         if size <= x1:
             t = (math.log(size) - math.log(x0)) / (math.log(x1) - math.log(x0))
             return math.exp(math.log(y0) + t * (math.log(y1) - math.log(y0)))
@@ -74,8 +75,10 @@ class DeviceProfile:
         def curve(points: Any) -> Curve:
             return tuple((float(a), float(b)) for a, b in points)
 
-        rates = {k: {n: curve(c) for n, c in data[k].items()} for k in ("mac_rate", "flop_rate")}
-        return cls(**{**data, **rates, "bandwidth": curve(data["bandwidth"])})
+        read: dict[str, Any] = {**data, "bandwidth": curve(data["bandwidth"])}
+        for rates in ("mac_rate", "flop_rate"):
+            read[rates] = {name: curve(points) for name, points in data[rates].items()}
+        return cls(**read)
 
 
 def rate_curve(rates: Mapping[str, Curve], kind: str, dtype: str) -> Curve:

@@ -1,10 +1,9 @@
-"""The ledger: one row for every candidate, taken or not, with what it was expected and seen to do."""
+"""The ledger: one row for every candidate, taken or not, with what it should and did do."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 TAKEN = "taken"
@@ -75,11 +74,3 @@ class Ledger:
 
     def __getitem__(self, index: int) -> Row:
         return self._rows[index]
-
-    def to_json(self) -> str:
-        return json.dumps([asdict(r) for r in self._rows], indent=1, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Ledger:
-        rows = json.loads(text)
-        return cls([Row(**{**r, "nodes": tuple(r["nodes"])}) for r in rows])

@@ -197,7 +197,7 @@ class Planner:
     # -- search -----------------------------------------------------------------------------
 
     def _search(self, base: Program, order: Sequence[Offer], best: Probe) -> Probe:
-        """The longest prefix of `order` that holds; with a latency goal, the shortest that meets it."""
+        """The longest prefix of `order` that holds; the shortest that meets a latency goal."""
         low, high = 0, self._needed(base, order)
         for _ in range(PROBES):
             if high <= low:
@@ -284,7 +284,7 @@ class Planner:
     def _realise(
         self, base: Program, chosen: Sequence[Offer]
     ) -> tuple[Program, dict[Key, tuple[str, str]]]:
-        """Apply the plan stage by stage; a later stage proposes anew on what an earlier one left."""
+        """Apply the plan by stages; a later stage proposes anew on what an earlier one left."""
         session = self.session
         refused: dict[Key, tuple[str, str]] = {}
         program = base

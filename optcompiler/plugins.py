@@ -115,7 +115,8 @@ class Registry:
         from optcompiler.cost import RooflineCostModel
 
         found = self._named("optcompiler_cost_models", "cost model")
-        return {RooflineCostModel.name: RooflineCostModel()} | {k: v for k, (_, v) in found.items()}
+        models: dict[str, CostModel] = {RooflineCostModel.name: RooflineCostModel()}
+        return models | {k: v for k, (_, v) in found.items()}
 
     @cached_property
     def observers(self) -> dict[str, type[Observer]]:
@@ -129,7 +130,7 @@ class Registry:
         return OpTable([*builtin_specs(), *(spec for _, spec in self._call("optcompiler_ops"))])
 
     def owner_of_pass(self, name: str) -> str:
-        """`distribution version` of the plugin that brought the pass, "-" for one given in Python."""
+        """`distribution version` of the plugin with the pass, "-" for one given in Python."""
         entry = self._passes.get(name)
         return f"{entry[0].distribution} {entry[0].version}" if entry else "-"
 

@@ -66,8 +66,8 @@ class Program:
         """Take an ONNX model as it is and make it a verified program.
 
         Constants become initializers, every node gets a name, and shapes are inferred strictly.
-        The argument is not changed. Raises `InputError` for a file that cannot be read and
-        `VerificationError` for a model that is not valid ONNX.
+        The argument is not changed. Raises `InputError` for a file that cannot be read
+        and for a model that is not valid ONNX.
         """
         from optcompiler.importing import program_from_onnx
 
@@ -91,7 +91,7 @@ class Program:
         return ir.to_proto(self.model)
 
     def save(self, path: str | Path) -> None:
-        """Write an .onnx file; weights above 1 KiB go to `<name>.data` beside it when over 1 GiB."""
+        """Write an .onnx file; beyond 1 GiB, weights go to `<name>.data` beside it."""
         path = Path(path)
         size = sum(t.nbytes for t in self.weights().values())
         external = f"{path.name}.data" if size > 1 << 30 else None
@@ -244,7 +244,8 @@ class Program:
         tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
         fresh = self.fresh_name(name)
         tensor.name = fresh
-        value = ir.val(fresh, dtype=tensor.dtype, shape=tensor.shape, const_value=tensor)
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.val(fresh, dtype=tensor.dtype, shape=shape, const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
@@ -253,7 +254,7 @@ class Program:
         tensor = ir.tensor(array, name=value.name)
         value.const_value = tensor
         value.dtype = tensor.dtype
-        value.shape = ir.Shape(tensor.shape)
+        value.shape = ir.Shape(array.shape)
 
     def fresh_name(self, stem: str) -> str:
         """`stem`, or `stem_1`, `stem_2`, … : a name that no node or value of the graph has."""
@@ -327,7 +328,7 @@ def port(value: ir.Value) -> Port:
 
 
 def shape_of(value: ir.Value) -> tuple[int | str, ...]:
-    """The shape with ints, and names (or "?") for symbolic dimensions; () when unknown or scalar."""
+    """The shape: ints, and names (or "?") of symbolic dimensions; () when unknown or scalar."""
     if value.shape is None:
         return ()
     return tuple(
@@ -373,7 +374,8 @@ def node_fingerprint(node: ir.Node) -> str:
     attributes = ";".join(f"{k}={_attribute_text(a)}" for k, a in sorted(node.attributes.items()))
     operands = ",".join("" if v is None else str(v.name) for v in node.inputs)
     results = ",".join(str(v.name) for v in node.outputs)
-    return f"{node.name}: {results} = {node.domain}::{node.op_type}:{node.overload}({operands}) {attributes}"
+    operator = f"{node.domain}::{node.op_type}:{node.overload}"
+    return f"{node.name}: {results} = {operator}({operands}) {attributes}"
 
 
 def _attribute_text(attribute: ir.Attr) -> str:

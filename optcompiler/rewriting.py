@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Stage(enum.IntEnum):
-    """Where in a compile a pass's candidates are pooled. Passes of one stage are planned together."""
+    """Where in a compile a pass's candidates are pooled; one stage is planned together."""
 
     CLEAN = 10
     """Exact and always right: constant folding, dead code, batch-norm folding, dead channels."""

@@ -160,7 +160,7 @@ def apply_all(
 def assert_close(
     got: Sequence[np.ndarray], expected: Sequence[np.ndarray], rtol: float = 1e-5
 ) -> None:
-    """Equal within `rtol` of the largest magnitude of each expected output; NaNs in equal places."""
+    """Equal within `rtol` of the largest magnitude of each output; NaNs in equal places."""
     assert len(got) == len(expected)
     for g, e in zip(got, expected, strict=True):
         assert g.shape == e.shape

@@ -71,7 +71,9 @@ def test_two_distributions_with_one_name(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_two_items_with_one_name() -> None:
     registry = Registry(load=[], extra=[First(), Second()])
-    with pytest.raises(PluginError, match="'twice' is claimed by two plugins: First .* and Second"):
+    with pytest.raises(
+        PluginError, match=r"'twice' is claimed by two plugins: First .* and Second"
+    ):
         _ = registry.backends
 
 
@@ -87,7 +89,9 @@ def test_hook_that_raises_names_the_plugin() -> None:
         def optcompiler_passes(self) -> list[object]:
             raise RuntimeError("out of luck")
 
-    with pytest.raises(PluginError, match="Raises .*optcompiler_passes raised RuntimeError: out of luck"):
+    with pytest.raises(
+        PluginError, match=r"Raises .*optcompiler_passes raised RuntimeError: out of luck"
+    ):
         _ = Registry(load=[], extra=[Raises()]).passes
 
 

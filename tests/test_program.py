@@ -89,7 +89,7 @@ def test_fresh_names_and_new_weights() -> None:
 def test_verify_rejects_a_changed_interface() -> None:
     program, other = net(), net()
     other.graph.inputs[0].name = "picture"
-    with pytest.raises(VerificationError, match="interface changed.*picture"):
+    with pytest.raises(VerificationError, match=r"interface changed.*picture"):
         other.verify(like=program)
 
 

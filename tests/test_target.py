@@ -20,7 +20,11 @@ def test_threads_default_to_the_cores_there_are() -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("cpu:avx2", "not key=value"), ("cpu:threads=two", "whole number"), ("cpu:threads=0", "1 or more")],
+    [
+        ("cpu:avx2", "not key=value"),
+        ("cpu:threads=two", "whole number"),
+        ("cpu:threads=0", "1 or more"),
+    ],
 )
 def test_bad_text(text: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):

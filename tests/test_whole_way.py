@@ -1,4 +1,4 @@
-"""Real architectures the whole way: every program on the way is valid ONNX that ONNX Runtime runs."""
+"""Real architectures the whole way: every program on it is valid ONNX that ONNX Runtime runs."""
 
 from __future__ import annotations
 

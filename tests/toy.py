@@ -134,7 +134,7 @@ def registry(backend: Backend | None = None, *passes: type[Pass]) -> Registry:
 def sigmoid_net(scales: Sequence[float]) -> Program:
     """A sum of `scale * Sigmoid(x)` terms: the larger the scale, the more hardening it damages."""
     terms = []
-    for i, scale in enumerate(scales):
+    for i in range(len(scales)):
         terms.append(f"[s{i}] a{i} = Sigmoid (x)\n[m{i}] b{i} = Mul (a{i}, k{i})")
     total = "b0"
     for i in range(1, len(scales)):

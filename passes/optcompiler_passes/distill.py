@@ -66,7 +66,8 @@ class Distill(Pass):
         unknown = [r for r in self.learn if r not in ROLES]
         if unknown:
             raise InputError(f"distill: cannot learn {unknown[0]!r}; take from {', '.join(ROLES)}.")
-        for name in ("steps", "learning_rate", "temperature", "work_tmacs", "batch_size", "minutes"):
+        for name in ("steps", "learning_rate", "temperature", "work_tmacs", "batch_size",
+                     "minutes"):  # fmt: skip
             value = getattr(self, name)
             if not value > 0:
                 raise InputError(f"distill: {name}={value}; give a positive number.")
