@@ -74,9 +74,10 @@ def column_blocks(n: int, isa: Isa) -> list[tuple[int, int]]:
     return blocks
 
 
-def tile_rows(rows: int, vectors: int, isa: Isa) -> int:
+def tile_rows(rows: int, vectors: int, isa: Isa, integer: bool) -> int:
     """The tile height that divides `rows` most evenly."""
-    return -(-rows // -(-rows // isa.heights[vectors]))
+    tallest = (isa.integer_heights if integer else isa.heights)[vectors]
+    return -(-rows // -(-rows // tallest))
 
 
 def pack(matrix: np.ndarray, blocks: list[tuple[int, int]], isa: Isa, integer: bool) -> np.ndarray:
@@ -255,7 +256,7 @@ def _panels(
         columns = column_blocks(shape.n, isa)
         packed.append(pack(matrix, columns, isa, shape.integer))
         for n, vectors in columns:
-            height = tile_rows(rows, vectors, isa)
+            height = tile_rows(rows, vectors, isa, shape.integer)
             width = vectors * isa.lanes
             first = group * shape.n + n
             stop = group * shape.n + min(shape.n, n + width)
@@ -387,7 +388,7 @@ def _dynamic(step: MatMul, shape: Shape, isa: Isa) -> KernelCode:
     units = product(tuple(batch))
     k = shape.length
     columns = column_blocks(shape.n, isa)
-    height = {v: tile_rows(m, v, isa) for _, v in columns}
+    height = {v: tile_rows(m, v, isa, False) for _, v in columns}
     blocks = [
         Block(n, min(shape.n, n + v * isa.lanes), v, height[v], -(-m // height[v]), 0, 0)
         for n, v in columns

@@ -15,7 +15,8 @@ class Isa:
     """`lanes` floats a vector; `heights` rows of accumulators by vectors across a tile.
 
     Heights leave registers for the vectors of weights and one broadcast: with 32 registers
-    6 x 4 accumulators, with 16 registers 6 x 2.
+    6 x 4 accumulators, with 16 registers 6 x 2; integers without VNNI hold each vector of weights
+    twice.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Isa:
     flags: tuple[str, ...]
     lanes: int
     heights: Mapping[int, int]
+    integer_heights: Mapping[int, int]
     needs: frozenset[str]
 
     @property
@@ -40,10 +42,19 @@ ISAS = {
              "-mprefer-vector-width=512"),
             16,
             {4: 6, 3: 8, 2: 12, 1: 16},
+            {4: 6, 3: 8, 2: 12, 1: 16},
             frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}),
         ),
-        Isa("avx2", "OC_AVX2", ("-mavx2", "-mfma"), 8, {2: 6, 1: 8}, frozenset({"avx2", "fma"})),
-        Isa("portable", "OC_PORTABLE", (), 4, {2: 4, 1: 6}, frozenset()),
+        Isa(
+            "avx2",
+            "OC_AVX2",
+            ("-mavx2", "-mfma"),
+            8,
+            {2: 6, 1: 8},
+            {2: 4, 1: 8},
+            frozenset({"avx2", "fma"}),
+        ),
+        Isa("portable", "OC_PORTABLE", (), 4, {2: 4, 1: 6}, {2: 4, 1: 6}, frozenset()),
     )
 }  # fmt: skip
 """By name, best first."""

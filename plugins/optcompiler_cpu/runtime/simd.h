@@ -160,12 +160,12 @@ INLINE float vf_hmax(vf a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 INLINE float vf_hmin(vf a) { return -vf_hmax(_mm256_xor_ps(a, _mm256_set1_ps(-0.0f))); }
-/* widened to 16 bits: vpmaddubsw would saturate */
+/* Bytes 0 and 2, then 1 and 3, of each lane as 16 bits: vpmaddubsw would saturate. */
 INLINE vi vi_dot(vi c, int32_t a4, vi w) {
-  __m256i a = _mm256_cvtepu8_epi16(_mm_set1_epi32(a4));
-  __m256i lo = _mm256_madd_epi16(a, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(w)));
-  __m256i hi = _mm256_madd_epi16(a, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1)));
-  return _mm256_add_epi32(c, _mm256_permute4x64_epi64(_mm256_hadd_epi32(lo, hi), 0xd8));
+  const __m256i a = _mm256_set1_epi32(a4);
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), odd = _mm256_srai_epi16(w, 8);
+  c = _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff)), even));
+  return _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_srli_epi16(a, 8), odd));
 }
 
 #else
@@ -230,14 +230,21 @@ INLINE vi vi_shr(vi a, int n) {
 INLINE float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 INLINE float vf_hmax(vf a) { float m = a[0]; EACH(i) m = a[i] > m ? a[i] : m; return m; }
 INLINE float vf_hmin(vf a) { float m = a[0]; EACH(i) m = a[i] < m ? a[i] : m; return m; }
+#if defined(__SSE2__)
+#include <emmintrin.h>
 INLINE vi vi_dot(vi c, int32_t a4, vi w) {
-  uint8_t a[4];
-  int8_t b[16];
-  memcpy(a, &a4, 4);
-  memcpy(b, &w, 16);
-  EACH(i) c[i] += a[0] * b[4 * i] + a[1] * b[4 * i + 1] + a[2] * b[4 * i + 2] + a[3] * b[4 * i + 3];
-  return c;
+  const __m128i a = _mm_set1_epi32(a4), b = (__m128i)w;
+  const __m128i even = _mm_srai_epi16(_mm_slli_epi16(b, 8), 8), odd = _mm_srai_epi16(b, 8);
+  c += (vi)_mm_madd_epi16(_mm_and_si128(a, _mm_set1_epi32(0x00ff00ff)), even);
+  return c + (vi)_mm_madd_epi16(_mm_srli_epi16(a, 8), odd);
 }
+#else
+INLINE vi vi_dot(vi c, int32_t a4, vi w) {
+  const uint32_t a = (uint32_t)a4;
+  c += (int32_t)(a & 255) * (w << 24 >> 24) + (int32_t)(a >> 8 & 255) * (w << 16 >> 24);
+  return c + (int32_t)(a >> 16 & 255) * (w << 8 >> 24) + (int32_t)(a >> 24) * (w >> 24);
+}
+#endif
 #endif
 
 INLINE vf vf_loads(const float *p, long s, int n) { float t[VL] = {0}; for (int i = 0; i < n; ++i) t[i] = p[i * s]; return vf_load(t); }
