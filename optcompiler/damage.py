@@ -149,3 +149,20 @@ def largest_error(expected: Sequence[Outputs], got: Sequence[Outputs]) -> float:
             scale = float(e[finite].abs().max()) or 1.0
             worst = max(worst, float((e[finite] - g[finite]).abs().max()) / scale)
     return worst
+
+
+def typical_error(expected: Sequence[Outputs], got: Sequence[Outputs]) -> float:
+    """The largest over outputs of rms(difference) / rms(expected); infinite for other shapes, types
+    or NaN."""
+    worst = 0.0
+    for before, after in zip(expected, got, strict=True):
+        for e, g in zip(before, after, strict=True):
+            if e.shape != g.shape or e.dtype != g.dtype:
+                return float("inf")
+            if e.numel() == 0:
+                continue
+            e, g = e.double(), g.double()
+            scale = float(e.square().mean().sqrt()) or 1.0
+            error = float((e - g).square().mean().sqrt()) / scale
+            worst = max(worst, error if np.isfinite(error) else float("inf"))
+    return worst

@@ -56,7 +56,10 @@ class Candidate:
     `nodes` are the names of the nodes that the site covers.
 
     `exact` says that the rewrite keeps the function: then the core checks its outputs against the
-    original within `rtol` of the largest output. Otherwise the core measures its damage.
+    original within `rtol` of the largest output. Otherwise the core measures its damage. With
+    `typical`, `rtol` bounds the root mean square of the difference, relative to that of the output,
+    instead of its largest element: for rewrites of quantised programs, where a difference in the
+    last bit moves a value here and there to the next level.
 
     `rewrite` edits the private copy it is given. It looks its site up by name, because other
     candidates may have been applied before it, and raises `Declined` when the site is gone.
@@ -68,6 +71,7 @@ class Candidate:
     exact: bool
     nodes: tuple[str, ...] = ()
     rtol: float = 1e-4
+    typical: bool = False
     note: str = ""
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])
 

@@ -40,7 +40,7 @@ class PackWeights(Pass):
        the bias by half a step of the accumulator at most. (ONNX Runtime runs such a node in float
        when its bias is float.)
        Rarely a value that lay between two levels of a later quantiser then takes the other one,
-       which is why `rtol`, the share of the largest output that may change, is not smaller.
+       which is why `rtol` bounds the root mean square of the change, and is not smaller.
     3. It declines a bias that would not fit 32 bits: that bias stays float.
     """
 
@@ -69,6 +69,7 @@ class PackWeights(Pass):
             exact=True,
             nodes=(*folds, *biases),
             rtol=self.rtol,
+            typical=True,
             note=f"{len(folds)} constants to integers, {len(biases)} biases to int32",
         )
 
