@@ -24,7 +24,9 @@ def batches(count: int = 4) -> list[dict[str, np.ndarray]]:
     return [{"x": 3 * rng.standard_normal((4, 8)).astype(np.float32)} for _ in range(count)]
 
 
-def compiled(program: Program, *, backend: ToyBackend | None = None, passes: Any = None, **options: Any) -> Any:
+def compiled(
+    program: Program, *, backend: ToyBackend | None = None, passes: Any = None, **options: Any
+) -> Any:
     found = registry(backend, Harden)
     return compile_model(
         program, target="toy", registry=found, passes=passes, calibration=batches(),

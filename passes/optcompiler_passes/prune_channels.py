@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -400,10 +400,9 @@ def taylor_terms(
         if not outputs or not taken:
             break
         loss = torch.stack([_sampled_loss(o, generator) for o in outputs]).sum()
+        found = torch.autograd.grad(loss, list(taken.values()), allow_unused=True)
         # The stub leaves out that what a loss does not depend on has no gradient.
-        slopes: Sequence[torch.Tensor | None] = torch.autograd.grad(
-            loss, list(taken.values()), allow_unused=True
-        )
+        slopes = cast("tuple[torch.Tensor | None, ...]", found)
         terms = {
             name: (value * slope).detach().double()
             for (name, value), slope in zip(taken.items(), slopes, strict=True)

@@ -20,7 +20,7 @@ from optcompiler.channels import (
     remove_channels,
     unshare_vectors,
 )
-from optcompiler.ops.channels import dims, integers, row_major
+from optcompiler.ops.axes import dims, integers, row_major
 from optcompiler.ops.spec import OpTable, attributes_of
 from optcompiler.program import Program, constant
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage

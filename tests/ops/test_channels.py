@@ -7,7 +7,8 @@ import onnx
 import pytest
 
 from optcompiler.channels import ChannelGroup
-from optcompiler.ops.channels import CHANNEL_RULES, row_major
+from optcompiler.ops.axes import row_major
+from optcompiler.ops.channels import CHANNEL_RULES
 from optcompiler.ops.spec import Channels
 from optcompiler.program import Program
 from tests.support import filled_program
