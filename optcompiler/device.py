@@ -180,19 +180,14 @@ def measure(
     probes = list(_probes(integers="int8" in backend.capabilities(target).precisions))
     programs = [p for probe in probes for p in (probe.program, probe.longer) if p is not None]
     times: dict[int, float] = {}
-    pool = ThreadPoolExecutor(os.cpu_count() or 1)
-    try:
-        first = _build(backend, target, programs[0])
-        if first is None or not _keep_time(first, programs[0], times):
-            return None
-        rest = programs[1:]
-        built = [(p, pool.submit(_build, backend, target, p)) for p in rest]
-        for program, future in progress.track(built, f"measuring {target}") if progress else built:
-            made = future.result()
-            if made is not None:
-                _keep_time(made, program, times)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    first = _build(backend, target, programs[0])
+    if first is None or not _keep_time(first, programs[0], times):
+        return None
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        made = list(pool.map(lambda p: _build(backend, target, p), programs[1:]))
+    built = [(p, m) for p, m in zip(programs[1:], made, strict=True) if m is not None]
+    for program, each in progress.track(built, f"measuring {target}") if progress else built:
+        _keep_time(each, program, times)
     profile = _launches(backend, target, probes, times)
     for rate in ("bytes", "flop", "mac"):
         profile = _fitted(backend, target, profile, rate, probes, times)

@@ -20,12 +20,14 @@ from optcompiler.rewriting import (
     PassContext,
     Patch,
     Progress,
+    Stage,
     apply_candidate,
 )
 from optcompiler.target import Target
 
 SLOWER_SHARE = 0.01
-"""An exact candidate predicted to slow the program by more than this share is rejected."""
+"""A fusion predicted to slow the program by more than this share is rejected. Clean-up is not: what
+it opens to later passes is in no prediction."""
 
 
 @dataclass
@@ -194,8 +196,9 @@ class Session:
                 rows.append(self.row(pass_, candidate, DECLINED, "it changed nothing"))
                 continue
             saving = self.saving_us(program, patch.after)
-            if saving is not None and saving < -SLOWER_SHARE * self.price_us(program):
-                reason = f"predicted {-saving:.1f} µs slower"
+            slower = saving is not None and saving < -SLOWER_SHARE * self.price_us(program)
+            if slower and pass_.stage is not Stage.CLEAN:
+                reason = f"predicted {-(saving or 0.0):.1f} µs slower"
                 rows.append(replace(self.row(pass_, candidate, REJECTED, reason), saving_us=saving))
                 continue
             reason = candidate.note or "exact"
