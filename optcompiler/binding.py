@@ -1,4 +1,4 @@
-"""Giving symbolic dimensions a fixed size, for backends that generate code for fixed shapes."""
+"""Giving symbolic dimensions fixed sizes: those of example inputs, or those of a target."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from optcompiler.errors import InputError
-from optcompiler.program import Program
+from optcompiler.importing import infer_outputs
+from optcompiler.program import Program, shape_of
 
 if TYPE_CHECKING:
     from optcompiler.program import Port
@@ -37,17 +38,59 @@ def bind(program: Program, sizes: Mapping[str, int]) -> Program:
         )
     if not have:
         return program
-    copy = program.clone()
-    for value in copy.graph.inputs:
-        if value.shape is not None:
-            value.shape = ir.Shape([sizes.get(str(d.value), d) if not isinstance(d, int) else d
-                                    for d in value.shape])  # fmt: skip
+    copy = _sized(
+        program,
+        {
+            (port.name, axis): sizes[dim]
+            for port in program.inputs
+            for axis, dim in enumerate(port.shape)
+            if isinstance(dim, str) and dim in sizes
+        },
+    )
     for value in copy.graph.outputs:
         value.shape = None
     _infer(copy)
     _fold_shape_arithmetic(copy)
     _infer(copy)
     return copy
+
+
+def fix_dimensions(program: Program, sizes: Mapping[tuple[str, int], int]) -> Program:
+    """A copy of `program` with the given dimensions (input name, axis) of its inputs fixed.
+
+    A symbol is fixed everywhere unless another input keeps it. Shape arithmetic stays, so the copy
+    has the program's nodes. Raises `VerificationError` when it is not valid at these sizes.
+    """
+    copy = _sized(program, sizes)
+    before = [d for p in program.inputs for d in p.shape]
+    after = [d for p in copy.inputs for d in p.shape]
+    fixed: dict[int | str, int] = {
+        old: new
+        for old, new in zip(before, after, strict=True)
+        if isinstance(old, str) and isinstance(new, int) and old not in {*after, "?"}
+    }
+    for value in copy.graph.outputs:
+        value.shape = ir.Shape(_unnamed(fixed.get(dim, dim)) for dim in shape_of(value))
+    copy.infer_shapes()
+    infer_outputs(copy)
+    copy.infer_shapes()
+    copy.verify()
+    return copy
+
+
+def _sized(program: Program, sizes: Mapping[tuple[str, int], int]) -> Program:
+    """A copy whose inputs have these sizes; nothing else is adapted yet."""
+    copy = program.clone()
+    for value in copy.graph.inputs:
+        value.shape = ir.Shape(
+            sizes.get((value.name or "", axis), _unnamed(dim))
+            for axis, dim in enumerate(shape_of(value))
+        )
+    return copy
+
+
+def _unnamed(dim: int | str) -> int | str | None:
+    return None if dim == "?" else dim
 
 
 def _infer(program: Program) -> None:

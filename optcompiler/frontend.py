@@ -12,9 +12,10 @@ from typing import Any, cast
 import onnx
 import onnx_ir as ir
 
+from optcompiler.binding import fix_dimensions
 from optcompiler.errors import InputError, VerificationError
-from optcompiler.importing import infer_outputs, program_from_onnx
-from optcompiler.program import Program, shape_of
+from optcompiler.importing import program_from_onnx
+from optcompiler.program import Program
 from optcompiler.signature import Signature, is_torch
 
 Dynamic = Mapping[str, Mapping[int, str]] | str | None
@@ -132,43 +133,3 @@ def _kept(signature: Signature, dynamic: Dynamic) -> set[tuple[str, int]]:
                 )
             kept.add((name, axis))
     return kept
-
-
-def fix_dimensions(program: Program, sizes: Mapping[tuple[str, int], int]) -> Program:
-    """A copy of `program` with the given dimensions (input name, axis) of its inputs fixed.
-
-    A symbol is fixed everywhere unless another input keeps it. Raises `VerificationError` when the
-    program is not valid at these sizes.
-    """
-    copy = program.clone()
-    symbols: dict[str, int] = {}
-    kept: set[str] = set()
-    for value in copy.graph.inputs:
-        for axis, dim in enumerate(shape_of(value)):
-            if isinstance(dim, int):
-                continue
-            if (value.name or "", axis) in sizes:
-                symbols[dim] = sizes[value.name or "", axis]
-            else:
-                kept.add(dim)
-    for value in copy.graph.inputs:
-        value.shape = ir.Shape(
-            sizes.get((value.name or "", axis), _named(dim))
-            for axis, dim in enumerate(shape_of(value))
-        )
-    for name in kept | {"?"}:
-        symbols.pop(name, None)
-    for value in copy.graph.outputs:
-        value.shape = ir.Shape(
-            symbols.get(dim, _named(dim)) if isinstance(dim, str) else dim
-            for dim in shape_of(value)
-        )
-    copy.infer_shapes()
-    infer_outputs(copy)
-    copy.infer_shapes()
-    copy.verify()
-    return copy
-
-
-def _named(dim: int | str) -> int | str | None:
-    return None if dim == "?" else dim
