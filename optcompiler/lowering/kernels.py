@@ -7,6 +7,7 @@ from optcompiler.lowering.ir import (
     Call,
     Conv,
     CumSum,
+    Expr,
     Gather,
     Loop,
     Lowered,
@@ -108,10 +109,7 @@ def _points(step: Step) -> int:
             return step.out.elements
 
 
-def _weight(root: object) -> int:
-    from optcompiler.lowering.ir import Expr
-
-    assert isinstance(root, Expr)
+def _weight(root: Expr) -> int:
     total = 0
     for expr in walk(root):
         if isinstance(expr, Call):

@@ -23,6 +23,7 @@ from optcompiler.lowering.flatten import site_of
 from optcompiler.lowering.ir import (
     Accumulator,
     CumSum,
+    Dequantize,
     Expr,
     Gather,
     Load,
@@ -196,8 +197,6 @@ def lower_pool(low: Lowering, node: ir.Node) -> None:
 
 def replace_leaf(dequantize: Expr, leaf: Expr) -> Expr:
     """A dequantisation with its integer replaced: maxima commute with it."""
-    from optcompiler.lowering.ir import Dequantize
-
     assert isinstance(dequantize, Dequantize)
     return replace(dequantize, arg=leaf)
 
