@@ -58,8 +58,9 @@ class Candidate:
     `exact` says that the rewrite keeps the function: then the core checks its outputs against the
     original within `rtol` of the largest output. Otherwise the core measures its damage. With
     `typical`, `rtol` bounds the root mean square of the difference, relative to that of the output,
-    instead of its largest element: for rewrites of quantised programs, where a difference in the
-    last bit moves a value here and there to the next level.
+    instead of its largest element, and a larger change passes when it brings the program no further
+    from the teacher: for rewrites of quantised programs, where a difference in the last bit moves a
+    value here and there to the next level.
 
     `rewrite` edits the private copy it is given. It looks its site up by name, because other
     candidates may have been applied before it, and raises `Declined` when the site is gone.

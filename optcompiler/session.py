@@ -25,6 +25,9 @@ from optcompiler.rewriting import (
 )
 from optcompiler.target import Target
 
+FURTHER = 1.1
+"""A rewrite of a quantised program may bring it this much further from the teacher."""
+
 SLOWER_SHARE = 0.01
 """A fusion predicted to slow the program by more than this share is rejected. Clean-up is not: what
 it opens to later passes is in no prediction."""
@@ -167,10 +170,21 @@ class Session:
         return after
 
     def _error(self, candidate: Candidate, before: Program, after: Program) -> float:
-        compare = typical_error if candidate.typical else largest_error
-        return compare(
-            self.outputs(before), run_batches(after, [self.check], self.context.ops)
-        )
+        """How far `after` is from `before` on the check batch, as the candidate asks to be judged.
+
+        In a deep quantised program one level that flips early flips many later: then `typical`
+        also passes, as 0, when `after` is no further from the teacher than `before` was.
+        """
+        old = self.outputs(before)
+        new = run_batches(after, [self.check], self.context.ops)
+        if not candidate.typical:
+            return largest_error(old, new)
+        error = typical_error(old, new)
+        if error <= candidate.rtol:
+            return error
+        teacher = run_batches(self.teacher, [self.check], self.context.ops)
+        no_further = typical_error(teacher, new) <= FURTHER * typical_error(teacher, old)
+        return 0.0 if no_further else error
 
     def _take(
         self, pass_: Pass, candidates: Sequence[Candidate], program: Program, *, each: bool
