@@ -72,13 +72,30 @@ class DeviceProfile:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> DeviceProfile:
-        def curve(points: Any) -> Curve:
-            return tuple((float(a), float(b)) for a, b in points)
+        """Read back what `to_json` gives.
 
-        read: dict[str, Any] = {**data, "bandwidth": curve(data["bandwidth"])}
-        for rates in ("mac_rate", "flop_rate"):
-            read[rates] = {name: curve(points) for name, points in data[rates].items()}
-        return cls(**read)
+        Raises `KeyError`, `TypeError` or `ValueError` for anything else.
+        """
+
+        def curve(points: Any) -> Curve:
+            found = tuple((float(a), float(b)) for a, b in points)
+            if not found:
+                raise ValueError("a rate without points")
+            return found
+
+        return cls(
+            name=str(data["name"]),
+            backend=str(data["backend"]),
+            threads=int(data["threads"]),
+            mac_rate={str(k): curve(v) for k, v in dict(data["mac_rate"]).items()},
+            flop_rate={str(k): curve(v) for k, v in dict(data["flop_rate"]).items()},
+            bandwidth=curve(data["bandwidth"]),
+            launch_us=float(data["launch_us"]),
+            overhead_us=float(data["overhead_us"]),
+            measured={str(k): float(v) for k, v in dict(data["measured"]).items()},
+            versions={str(k): str(v) for k, v in dict(data["versions"]).items()},
+            estimated=bool(data["estimated"]),
+        )
 
 
 def rate_curve(rates: Mapping[str, Curve], kind: str, dtype: str) -> Curve:
