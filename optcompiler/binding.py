@@ -101,6 +101,15 @@ def _infer(program: Program) -> None:
             raise InputError(f"sizes: the shape of output {value.name!r} cannot be inferred.")
 
 
+def resolved(program: Program) -> Program:
+    """A copy with functions expanded, shape arithmetic folded and every shape that follows known."""
+    copy = program.inlined()
+    copy.infer_shapes()
+    _fold_shape_arithmetic(copy)
+    copy.infer_shapes()
+    return copy
+
+
 def _fold_shape_arithmetic(program: Program) -> None:
     from onnxscript import optimizer
 

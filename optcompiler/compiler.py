@@ -15,6 +15,7 @@ import numpy as np
 
 from optcompiler import artifact, device, finish, pipeline
 from optcompiler.batching import Batched
+from optcompiler.binding import resolved
 from optcompiler.budget import Budget
 from optcompiler.compiled import Compiled
 from optcompiler.errors import GateError, InputError, OptcompilerError
@@ -235,7 +236,7 @@ class _Job:
 
     def _references(self, builds: list[Built], clean: Program, *, lossy: bool) -> Built | None:
         """Build what the artifact is compared with: the program as imported and, when it is lossy,
-        the exact one. Returns the former."""
+        the exact one. Returns the former, or the latter where the backend cannot run the former."""
         session = self.session
         if not builds[0].runner.timed:
             return None
@@ -247,6 +248,7 @@ class _Job:
             built = finish.try_build(session, exact, "exact passes only")
             if built is not None:
                 builds.append(built)
+                before = before or built
         return before
 
     def _never_slower(
@@ -371,10 +373,7 @@ class _Job:
     def _macs(self, program: Program) -> int:
         table = self.session.context.ops
         total = 0
-        flat = program.inlined()
-        if program.functions:
-            flat.infer_shapes()
-        for node in flat.graph:
+        for node in resolved(program).graph:
             spec = table.get(node)
             total += spec.cost(node).macs if spec else 0
         return total

@@ -76,9 +76,9 @@ class Session:
         return known[1]
 
     def saving_us(self, before: Program, after: Program) -> float | None:
-        """Predicted microseconds saved; None where the backend can lower neither program."""
+        """Predicted microseconds saved; None where the backend cannot lower one of the programs."""
         old, new = self.price_us(before), self.price_us(after)
-        return None if old == new == float("inf") else old - new
+        return old - new if max(old, new) < float("inf") else None
 
     def learned(self, times_us: dict[str, float]) -> None:
         """Add measured kernels (by signature) to the table that prices are read from."""

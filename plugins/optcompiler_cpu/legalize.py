@@ -2,7 +2,7 @@
 
 Convolution inputs get a halo (a border that holds the zero point) in memory, so that kernels have
 no border checks: their producers write inside it where they can. Signed activations become
-unsigned, as `vpdpbusd` wants.
+unsigned, as `vpdpbusd` wants. Expressions that vectors cannot compute move to loops of their own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from optcompiler.lowering.build import channels_last, map_views
+from optcompiler.lowering.build import channels_last, map_views, rewrite
+from optcompiler.lowering.expressions import cast
 from optcompiler.lowering.ir import (
+    Accumulator,
     Buffer,
     Call,
     Const,
@@ -24,13 +26,18 @@ from optcompiler.lowering.ir import (
     Loop,
     Lowered,
     MatMul,
+    Normalization,
     Operand,
+    Pooling,
     Quantization,
+    Softmax,
     Step,
     View,
     product,
     row_major,
+    walk,
 )
+from optcompiler_cpu.expressions import vectorisable
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,9 +49,48 @@ class Halo(Step):
 
 def legalize(lowered: Lowered) -> None:
     """Rewrite `lowered.steps` in place."""
+    _vectors(lowered)
     _unsigned(lowered)
     _room_to_read(lowered)
     _halos(lowered)
+
+
+def _vectors(lowered: Lowered) -> None:
+    """Vector kernels whose expressions hold what vectors cannot (64-bit integers, say) do without:
+    a loop before computes the operand, a loop after the epilogue."""
+    steps: list[Step] = []
+    for step in lowered.steps:
+        if not isinstance(step, (Conv, MatMul, Normalization, Pooling, Softmax)):
+            steps.append(step)
+            continue
+        if isinstance(step, (Normalization, Softmax)) and not vectorisable(step.value):
+            before = _result(lowered, "FLOAT", step.out.shape)
+            steps.append(
+                Loop(name=f"{step.name}_operand", nodes=step.nodes, out=before,
+                     epilogue=cast(step.value, "FLOAT"))
+            )  # fmt: skip
+            step = replace(step, value=Load("FLOAT", before))
+        if vectorisable(step.epilogue):
+            steps.append(step)
+            continue
+        leaves = [e for e in walk(step.epilogue) if isinstance(e, Accumulator)]
+        dtype = leaves[0].dtype if leaves else "FLOAT"
+        between = _result(lowered, dtype, step.out.shape)
+
+        def loaded(expr: Expr, view: View = between) -> Expr:
+            return Load(view.dtype, view) if isinstance(expr, Accumulator) else expr
+
+        steps.append(replace(step, out=between, epilogue=Accumulator(dtype)))
+        steps.append(
+            Loop(name=f"{step.name}_epilogue", nodes=step.nodes, out=step.out,
+                 epilogue=rewrite(step.epilogue, loaded))
+        )  # fmt: skip
+    lowered.steps = steps
+
+
+def _result(lowered: Lowered, dtype: str, shape: tuple[int, ...]) -> View:
+    strides = channels_last(shape) if len(shape) == 4 else row_major(shape)
+    return View(_buffer(lowered, dtype, product(shape)), shape, strides)
 
 
 def _unsigned(lowered: Lowered) -> None:

@@ -17,7 +17,7 @@ from optcompiler.program import Program
 from optcompiler.target import Target
 from optcompiler_cpu.backend import CpuBackend
 from optcompiler_cpu.isa import ISAS, supported
-from tests.support import assert_close, random_inputs, run_onnx
+from tests.support import assert_close, filled_program, random_inputs, run_onnx
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]> g '
 HERE = [name for name, isa in ISAS.items() if supported(isa)]
@@ -497,3 +497,22 @@ def test_weights_of_another_artifact_are_refused(tmp_path: Path) -> None:
     (tmp_path / "0" / "net.weights").write_bytes((tmp_path / "1" / "net.weights").read_bytes())
     with pytest.raises(InputError, match=r"net\.weights"):
         backend.load(tmp_path / "0", infos[0], threads=1)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n = LayerNormalization <axis = -1> (x, g)\n c = Cast <to = 1> (m)\n y = Mul (n, c)",
+        "c = Cast <to = 1> (m)\n a = Add (x, c)\n y = Softmax <axis = -1> (a)",
+        "n = MatMul (x, w)\n c = Cast <to = 1> (m)\n y = Mul (n, c)",
+    ],
+)
+def test_integers_beside_vector_kernels(body: str, tmp_path: Path) -> None:
+    net = filled_program(
+        f"""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[2,6,24] x, int64[2,6,1] m) => (float[2,6,24] y) <float[24] g, float[24,24] w>
+        {{ {body} }}"""
+    )
+    net.sweep()
+    inputs = random_inputs(net)
+    assert_close(compiled(net, tmp_path).run(inputs), run_onnx(net, inputs), 1e-5)
