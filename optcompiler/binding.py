@@ -102,7 +102,7 @@ def _infer(program: Program) -> None:
 
 
 def resolved(program: Program) -> Program:
-    """A copy with functions expanded, shape arithmetic folded and every shape that follows known."""
+    """A copy with functions expanded, shape arithmetic folded and all shapes that follow known."""
     copy = program.inlined()
     copy.infer_shapes()
     _fold_shape_arithmetic(copy)

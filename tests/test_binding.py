@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optcompiler.binding import bind, fit, fix_dimensions, symbols
+from optcompiler.binding import bind, fit, fix_dimensions, resolved, symbols
 from optcompiler.errors import InputError, VerificationError
 from optcompiler.program import Program
 from tests.support import assert_close, op_types, random_inputs, run_onnx
@@ -86,6 +86,30 @@ def test_sizes_that_the_program_cannot_have() -> None:
     """)
     with pytest.raises(VerificationError):
         fix_dimensions(product, {("x", 1): 4, ("w", 0): 5})
+
+
+def test_resolving_expands_functions_and_folds_shape_arithmetic() -> None:
+    program = Program.from_text("""
+        <ir_version: 10, opset_import: ["" : 20, "optcompiler.fused" : 1]>
+        g (float[2, 3, 4] x) => (float[2, 12] y) {
+            [shape] s = Shape <start = 0, end = 1> (x)
+            rest = Constant <value_ints = [-1]> ()
+            [target] to = Concat <axis = 0> (s, rest)
+            [flat] r = Reshape (x, to)
+            [region] y = optcompiler.fused.act (r)
+        }
+        <domain: "optcompiler.fused", opset_import: ["" : 20]>
+        act (a) => (c) { b = Neg (a)
+            c = Relu (b) }
+    """)
+    got = resolved(program)
+    assert not got.functions
+    got.sweep()
+    assert op_types(got) == ["Reshape", "Neg", "Relu"]
+    assert [v.shape for n in got.graph for v in n.outputs] == [[2, 12]] * 3
+    inputs = random_inputs(program)
+    assert_close(run_onnx(got, inputs), run_onnx(program, inputs))
+    assert len(program.functions) == 1
 
 
 def test_fit_cuts_and_repeats_samples(program: Program) -> None:

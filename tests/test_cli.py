@@ -367,6 +367,14 @@ assert time.process_time() < 0.3, time.process_time()
     assert word in done.stdout
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "optcompiler", "--version"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split()[-1] == __version__
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes that break")
 def test_a_broken_pipe_is_quiet(net: Path):
     reader, writer = os.pipe()
