@@ -169,7 +169,7 @@ def test_backend_that_computes_something_else_is_caught() -> None:
 
 def test_never_slower() -> None:
     """The candidates are predicted to be faster; the machine says otherwise."""
-    slow = ToyBackend(timed=True, delays_us={"HardSigmoid": 12000, "Sigmoid": 1000})
+    slow = ToyBackend(timed=True, delays_us={"HardSigmoid": 12000, "Sigmoid": 1000, "Tanh": 1000})
     got = compiled(sigmoid_net((1.0, 1.0)), backend=slow, budget=Budget(max_damage=1.0))
     assert set(outcomes(got.ledger).values()) == {REVERTED}
     assert "µs with it" in got.ledger[0].reason
@@ -178,7 +178,7 @@ def test_never_slower() -> None:
 
 
 def test_faster_is_kept_and_measured() -> None:
-    fast = ToyBackend(timed=True, delays_us={"HardSigmoid": 100, "Sigmoid": 3000})
+    fast = ToyBackend(timed=True, delays_us={"HardSigmoid": 100, "Sigmoid": 3000, "Tanh": 1000})
     got = compiled(sigmoid_net((1.0, 1.0)), backend=fast, budget=Budget(max_damage=1.0))
     assert set(outcomes(got.ledger).values()) == {TAKEN}
     assert got.measurements["measured_us"] < got.measurements["baseline_us"] / 2
