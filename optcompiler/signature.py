@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -213,10 +214,15 @@ class Signature:
 # -- arrays ---------------------------------------------------------------------------------
 
 
-def is_torch(value: object) -> bool:
-    """Whether `value` is a torch tensor; never imports torch."""
+def is_torch(value: Any) -> bool:
+    """Whether `value` is a torch tensor, asked without importing torch."""
+    return _is_torch_type(type(value))
+
+
+@functools.cache
+def _is_torch_type(kind: type) -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    return torch is not None and issubclass(kind, torch.Tensor)
 
 
 def as_array(value: Any, port: Port) -> np.ndarray:
@@ -224,7 +230,9 @@ def as_array(value: Any, port: Port) -> np.ndarray:
 
     Python numbers are taken for ports of rank 0. Raises `InputError` for another dtype.
     """
-    expected = np.dtype(ir.DataType[port.dtype].numpy())
+    expected = _dtype(port.dtype)
+    if type(value) is np.ndarray and value.dtype is expected:
+        return value
     if is_torch(value):
         array = _from_torch(value)
     elif isinstance(value, (np.ndarray, np.generic)):
@@ -246,6 +254,11 @@ def as_array(value: Any, port: Port) -> np.ndarray:
             f"convert it first."
         )
     return array.astype(expected, copy=False)
+
+
+@functools.cache
+def _dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(ir.DataType[name].numpy())
 
 
 def _from_torch(value: Any) -> np.ndarray:

@@ -515,4 +515,4 @@ def test_integers_beside_vector_kernels(body: str, tmp_path: Path) -> None:
     )
     net.sweep()
     inputs = random_inputs(net)
-    assert_close(compiled(net, tmp_path).run(inputs), run_onnx(net, inputs), 1e-5)
+    assert_close(compiled(net, tmp_path, "native", inputs), run_onnx(net, inputs), 1e-5)

@@ -1,0 +1,32 @@
+"""Every example runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_digits(tmp_path: Path) -> None:
+    """The demo: pruned, quantised and distilled inside half a point, with half the work."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "digits.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for backend in ("cpu", "onnxruntime"):
+        directory = tmp_path / "build" / f"digits-{backend}"
+        measured = json.loads((directory / "measurements.json").read_text())
+        assert measured["metric"]["drop"] <= 0.5
+        assert measured["macs"]["before"] >= 2 * measured["macs"]["after"]
+        ledger = json.loads((directory / "ledger.json").read_text())
+        taken = {row["pass_name"] for row in ledger if row["outcome"] == "taken"}
+        assert {"fold-batchnorm", "prune-channels", "insert-qdq", "distill"} <= taken
+    assert len(re.findall(r"metric drop", done.stdout)) == 2
