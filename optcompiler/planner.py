@@ -2,8 +2,9 @@
 
 Each candidate is priced and damaged on its own, then all are ordered by damage per microsecond
 saved, and the longest prefix of that order that holds the budget is searched by bisection. A probe
-of a prefix applies it, tunes it (when a tuning pass is in the pipeline) and measures the result
-against the teacher, so what is decided on is never a sum of estimates.
+of a prefix applies it and measures the result against the teacher, so what is decided on is never a
+sum of estimates; one that is over the budget is tuned (when a tuning pass is in the pipeline) and
+measured again. The plan chosen is tuned in the end if it was not and has something to win back.
 
 Reduced precision pays between neighbours: alone, a quantised layer also pays for converting its
 input and output. A candidate of stage QUANTIZE is therefore priced by what would be lost if it
@@ -109,7 +110,7 @@ class Planner:
         useful = sorted((o for o in offers if o.saving_us > 0), key=lambda o: (o.rank, o.key))
         best = self._empty(base)
         if useful:
-            best = self._search(base, useful, best)
+            best = self._finished(self._search(base, useful, best))
         taken = {o.key for o in best.chosen}
         for offer in offers:
             if offer.key in best.refused:
@@ -241,9 +242,10 @@ class Planner:
         program, refused = self._realise(base, chosen)
         damage = self.judge.damage(program)
         tuned: list[Tuned] = []
-        if self._worth_tuning(program, damage):
-            program, damage, tuned = self._tune(program, damage)
         holds, why, score = self._within(program, damage)
+        if not holds and self.tuners:
+            program, damage, tuned = self._tune(program, damage)
+            holds, why, score = self._within(program, damage)
         self.session.progress.note(
             f"{len(chosen)} lossy candidates: damage {damage:.3g}"
             + (f", metric {score:.4g}" if score is not None else "")
@@ -254,17 +256,23 @@ class Planner:
             program, damage, score, holds, why, refused, tuple(tuned),
         )  # fmt: skip
 
-    def _worth_tuning(self, program: Program, damage: float) -> bool:
-        """Whether the plan spends a share of the budget that is worth winning back."""
-        if not self.tuners or damage == 0:
+    def _finished(self, probe: Probe) -> Probe:
+        """The plan tuned, if it is not yet and spends a share of the budget worth winning back."""
+        if probe.tuned or not probe.chosen or not self.tuners or not self._worth_tuning(probe):
+            return probe
+        program, damage, tuned = self._tune(probe.program, probe.damage)
+        holds, _, score = self._within(program, damage)
+        if not holds:
+            return probe
+        return replace(probe, program=program, damage=damage, score=score, tuned=tuple(tuned))
+
+    def _worth_tuning(self, probe: Probe) -> bool:
+        limit, allowed = self.budget.damage_limit, self.budget.max_drop
+        if probe.damage > NEGLIGIBLE * limit or (limit == float("inf") and allowed is None):
+            return probe.damage > 0
+        if probe.score is None or self.teacher_score is None or allowed is None:
             return False
-        limit = self.budget.damage_limit
-        if damage > NEGLIGIBLE * limit or (limit == float("inf") and self.budget.max_drop is None):
-            return True
-        if self.score is None or self.teacher_score is None or self.budget.max_drop is None:
-            return False
-        drop = self.budget.drop(self.teacher_score, self.score(program))
-        return drop > NEGLIGIBLE * self.budget.max_drop
+        return self.budget.drop(self.teacher_score, probe.score) > NEGLIGIBLE * allowed
 
     def _tune(self, program: Program, damage: float) -> tuple[Program, float, list[Tuned]]:
         tuned: list[Tuned] = []

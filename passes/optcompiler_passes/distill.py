@@ -56,7 +56,7 @@ class Distill(Pass):
     temperature: float = 2.0
     block_weight: float = 1.0
     learn: tuple[str, ...] = ROLES
-    work_tmacs: float = 4.0
+    work_tmacs: float = 1.0
     batch_size: int = 32
     augment: bool = True
     minutes: float = 10.0
