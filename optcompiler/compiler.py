@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from optcompiler.backend import Capabilities
     from optcompiler.program import Port
 
-WEIGHING_SAMPLES = 16
+WEIGHING_SAMPLES = 8
 """Samples on which one candidate alone is damaged; the plan as a whole is judged on all."""
 
 Precision = str

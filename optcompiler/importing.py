@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import stat
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -536,15 +537,32 @@ def _check_ports(kind: str, values: Sequence[ir.Value], label: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """No log records and no warnings for the duration: exporters have much to say."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
+    """No log records and no warnings for the duration: exporters have much to say.
+
+    Several threads may be inside at once; the last to leave restores what the first found.
+    """
+    with _quiet_lock:
+        if not _quiet_before:
+            filters = warnings.catch_warnings()
+            filters.__enter__()
             warnings.simplefilter("ignore")
-            yield
+            _quiet_before.append((logging.root.manager.disable, filters))
+            logging.disable(logging.CRITICAL)
+        _quiet_depth.append(None)
+    try:
+        yield
     finally:
-        logging.disable(before)
+        with _quiet_lock:
+            _quiet_depth.pop()
+            if not _quiet_depth:
+                before, filters = _quiet_before.pop()
+                logging.disable(before)
+                filters.__exit__(None, None, None)
+
+
+_quiet_lock = threading.Lock()
+_quiet_depth: list[None] = []
+_quiet_before: list[tuple[int, warnings.catch_warnings[None]]] = []
 
 
 def _one_line(error: Exception) -> str:

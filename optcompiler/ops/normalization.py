@@ -31,6 +31,11 @@ def batch_normalization(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Normalise axis 1 with the given statistics, or with the batch's when `training_mode` is 1."""
     if not training_mode:
+        if mean.requires_grad or variance.requires_grad:
+            shape = [-1 if a == 1 else 1 for a in range(x.dim())]
+            gain = (scale * torch.rsqrt(variance + epsilon)).to(x.dtype)
+            shift = (bias - mean * gain).to(x.dtype)
+            return x * gain.reshape(shape) + shift.reshape(shape)
         return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
     axes = [a for a in range(x.dim()) if a != 1]
     var, mu = torch.var_mean(x, dim=axes, correction=0)
