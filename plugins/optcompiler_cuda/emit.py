@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ class Emitter:
         known = self.specialisations.get(repr(made))
         if known is None:
             count = sum(s.function == function for s in self.specialisations.values())
-            known = Specialisation(**{**vars(made), "id": f"{function}_{count}"})
+            known = dataclasses.replace(made, id=f"{function}_{count}")
             self.specialisations[repr(made)] = known
         return known.id
 

@@ -95,18 +95,17 @@ class Schedule:
                 f"{directory / SCHEDULE}: format {data['format']}, this version reads {FORMAT}; "
                 f"compile the model again."
             )
+        buffers: list[dict[str, Any]] = [b | {"shape": tuple(b["shape"])} for b in data["buffers"]]
+        launches: list[dict[str, Any]] = [
+            l | {"grid": tuple(l["grid"]), "args": tuple(l["args"])} for l in data["launches"]
+        ]
         return cls(
             arena_bytes=data["arena_bytes"],
-            buffers=tuple(
-                BufferEntry(**{**b, "shape": tuple(b["shape"])}) for b in data["buffers"]
-            ),
+            buffers=tuple(BufferEntry(**b) for b in buffers),
             inputs=tuple(data["inputs"]),
             outputs=tuple(data["outputs"]),
             specialisations=tuple(Specialisation(**s) for s in data["specialisations"]),
-            launches=tuple(
-                Launch(**{**l, "grid": tuple(l["grid"]), "args": tuple(l["args"])})
-                for l in data["launches"]
-            ),
+            launches=tuple(Launch(**launch) for launch in launches),
             notes=data["notes"],
         )
 
