@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from optcompiler.binding import resolved
 from optcompiler.damage import kl, nmse
 from optcompiler.errors import InputError
 from optcompiler.executor import WEIGHTS_KEY, to_torch
@@ -228,12 +229,17 @@ class Loss:
 # -- data -----------------------------------------------------------------------------------
 
 
-def macs_per_sample(context: PassContext) -> int:
-    """Multiply-accumulates of the teacher for one sample."""
-    nodes = context.teacher.inlined().graph
+BYTE_MACS = 10
+"""Multiply-accumulates that take as long as moving one byte, roughly, when training on a CPU."""
+
+
+def work_per_sample(context: PassContext) -> int:
+    """Multiply-accumulates of the teacher for one sample, and what moving its activations costs."""
+    nodes = resolved(context.teacher).graph
     specs = [(context.ops.get(n), n) for n in nodes]
-    macs = sum(s.cost(n).macs for s, n in specs if s is not None)
-    return macs // max(_size(context.calibration[0]) if _fixed(context.teacher) else 1, 1)
+    costs = [s.cost(n) for s, n in specs if s is not None]
+    work = sum(c.macs + BYTE_MACS * (c.bytes_read + c.bytes_written) for c in costs)
+    return work // max(_size(context.calibration[0]) if _fixed(context.teacher) else 1, 1)
 
 
 def _fixed(program: Program) -> bool:

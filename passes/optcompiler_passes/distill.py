@@ -40,7 +40,7 @@ class Distill(Pass):
        state it began with.
     5. Inputs that are all floating point are mixed at random, teacher and student seeing the same.
     6. At most `steps` steps are taken, fewer (but at least 20) for a model so large that they would
-       cost more than `work_tmacs` tera multiply-accumulates.
+       cost more than `work_tmacs` tera multiply-accumulates (moving a byte counts as ten).
     7. The same seed, device and number of threads give the same result, unless `minutes` is
        reached: then fewer steps are planned after the first few.
 
@@ -88,7 +88,7 @@ class Distill(Pass):
             return
 
         samples = _kd.sample_count(context.calibration)
-        each = _kd.macs_per_sample(context) * min(self.batch_size, samples)
+        each = _kd.work_per_sample(context) * min(self.batch_size, samples)
         afforded = int(1e12 * self.work_tmacs / max(PASSES * each, 1))
         steps = min(self.steps, max(afforded, FEWEST_STEPS))
 
