@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optcompiler.errors import InputError
-from optcompiler.importing import infer_outputs
+from optcompiler.importing import infer_outputs, quiet
 from optcompiler.program import Program, shape_of
 
 if TYPE_CHECKING:
@@ -116,7 +116,10 @@ def _fold_shape_arithmetic(program: Program) -> None:
     def should_fold(node: ir.Node) -> bool | None:
         return None if all(_is_index(v) for v in node.outputs) else False
 
-    optimizer.optimize_ir(program.model, num_iterations=2, inline=False, should_fold=should_fold)
+    with quiet():
+        optimizer.optimize_ir(
+            program.model, num_iterations=2, inline=False, should_fold=should_fold
+        )
 
 
 def _is_index(value: ir.Value) -> bool:
