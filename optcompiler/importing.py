@@ -28,6 +28,9 @@ MINIMUM_OPSET = 20
 MINIMUM_IR_VERSION = 10
 """First IR version with metadata on nodes and 4-bit integers."""
 
+MAPPED_ABOVE_BYTES = 1024
+"""Smaller external tensors are read: protobufs made for checking hold them, which have no path."""
+
 _FLOATS = frozenset(t for t in ir.DataType if t.is_floating_point())
 _CHUNK = 1 << 22
 _NO_MODULE = "_empty_nn_module_stack"
@@ -40,7 +43,7 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     nodes and values get unique names (unique ones keep theirs, whatever characters they hold), an
     output that is an input, a constant or another output gets an Identity of its own, the
     operator set is upgraded to `MINIMUM_OPSET` where the converters can, and shapes are inferred
-    strictly. Weights in external data stay memory-mapped.
+    strictly. Weights in external data stay memory-mapped, small ones aside.
 
     Raises `InputError` naming the file for one that is missing, empty, truncated or not ONNX, for
     external data outside the model's directory, for NaN or infinite weights, for inputs or outputs
@@ -222,7 +225,7 @@ def _own_weights(model: ir.Model, label: str) -> None:
 
 
 def _own(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    if isinstance(tensor, ir.ExternalTensor):
+    if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes > MAPPED_ABOVE_BYTES:
         return ir.ExternalTensor(
             tensor.location,
             tensor.offset,

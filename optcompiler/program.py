@@ -88,14 +88,16 @@ class Program:
 
     def to_proto(self) -> onnx.ModelProto:
         """A self-contained protobuf (copies the weights)."""
-        return ir.to_proto(self.model)
+        return ir.to_proto(self._loaded().model)
 
     def save(self, path: str | Path) -> None:
         """Write an .onnx file; beyond 1 GiB, weights go to `<name>.data` beside it."""
         path = Path(path)
         size = sum(t.nbytes for t in self.weights().values())
-        external = f"{path.name}.data" if size > 1 << 30 else None
-        ir.save(self.model, path, external_data=external)
+        if size > 1 << 30:
+            ir.save(self.model, path, external_data=f"{path.name}.data")
+        else:
+            ir.save(self._loaded().model, path)
 
     def to_torch(self, ops: Any = None) -> torch.fx.GraphModule:
         """A differentiable `torch.fx.GraphModule` computing this program; see `executor`."""
@@ -118,6 +120,19 @@ class Program:
         copy = self.clone()
         ir_passes.InlinePass()(copy.model)
         ir_passes.NameFixPass()(copy.model)
+        return copy
+
+    def _loaded(self) -> Program:
+        """This program, or a copy without external tensors if it has any."""
+        if not any(isinstance(t, ir.ExternalTensor) for t in self.weights().values()):
+            return self
+        copy = self.clone()
+        for graph in copy.model.graphs():
+            for value in graph.initializers.values():
+                if isinstance(tensor := value.const_value, ir.ExternalTensor):
+                    value.const_value = ir.Tensor(
+                        tensor.numpy(), tensor.dtype, shape=tensor.shape, name=tensor.name
+                    )
         return copy
 
     # -- looking ----------------------------------------------------------------------------

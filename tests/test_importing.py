@@ -244,6 +244,23 @@ def test_external_data_stays_memory_mapped(tmp_path, monkeypatch):
     assert run_onnx(program)[0].shape == (600,)
 
 
+def test_external_data_is_found_from_any_directory_and_goes_into_what_is_written(tmp_path):
+    proto = mlp()
+    path = tmp_path / "small.onnx"
+    ir.save(ir.from_proto(proto), path, external_data="small.data", size_threshold_bytes=0)
+    small = program_from_onnx(path)  # checked as a protobuf in memory, where no path is known
+    big = program_from_onnx(save_external(tmp_path))
+    away = tmp_path / "away"
+    away.mkdir()
+    big.save(away / "big.onnx")
+    mapped = big.weights()["w"].numpy()  # a view of the file, which writing must not close
+    for program in (small, big, program_from_onnx(away / "big.onnx")):
+        written = program.to_proto()
+        assert all(not t.external_data for t in written.graph.initializer)
+        onnx.checker.check_model(written, full_check=True)
+    np.testing.assert_array_equal(mapped, np.arange(600))
+
+
 def test_external_data_that_leaves_the_directory_is_refused(tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()

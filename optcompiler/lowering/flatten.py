@@ -58,10 +58,12 @@ def flatten(program: Program, values: bool = True) -> Flat:
     """
     for port in program.inputs:
         if not port.static:
-            dims = ", ".join(repr(d) for d in port.shape if not isinstance(d, int))
+            names = [d for d in port.shape if not isinstance(d, int)]
+            dims = ", ".join(map(repr, names))
             raise InputError(
                 f"input {port.name!r} has dynamic dimensions ({dims}) and this target compiles "
-                f"for fixed shapes; give a fixed size."
+                f"for fixed shapes; give a fixed size: as text size.{names[0]}=1 after the target, "
+                f"in Python sizes={{{names[0]!r}: 1}}."
             )
     copy = program.clone()
     for node in copy.graph:
