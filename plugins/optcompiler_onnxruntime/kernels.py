@@ -35,6 +35,7 @@ KEEPS_VALUES = frozenset(
 )  # fmt: skip
 """Operators that run on the integers when a DequantizeLinear and a QuantizeLinear surround them."""
 
+CONTRACTIONS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 KINDS = {
     "Conv": "conv", "ConvTranspose": "conv", "Gemm": "gemm", "MatMul": "gemm", "Softmax": "softmax",
@@ -73,8 +74,10 @@ def kernels_of(program: Program) -> list[Kernel]:
             group = _Group(node, _dtype(node), [node])
         elif group.anchor is not node:
             continue
-        specs = [table.get(n) for n in group.nodes]
-        works = [s.cost(n) for s, n in zip(specs, group.nodes, strict=True) if s is not None]
+        # The fitted rate of a contraction holds what it does to a result on its way out.
+        counted = [group.anchor] if _is(group.anchor, *CONTRACTIONS) else group.nodes
+        specs = [table.get(n) for n in counted]
+        works = [s.cost(n) for s, n in zip(specs, counted, strict=True) if s is not None]
         kernels.append(
             _kernel(
                 group,
