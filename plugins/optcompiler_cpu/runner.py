@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,24 @@ NUMPY = {
 }  # fmt: skip
 
 
+_loaded: dict[Path, list[tuple[int, int]]] = {}
+_loading = threading.Lock()
+
+
+def _spelling(library: Path) -> str:
+    """A spelling of the path under which no other file has been loaded in this process.
+
+    dlopen takes a path that it has seen for the library it loaded from there, even after another
+    artifact has been saved in that place; under a new path it compares device and inode.
+    """
+    status = library.stat()
+    with _loading:
+        files = _loaded.setdefault(library, [])
+        if (file := (status.st_dev, status.st_ino)) not in files:
+            files.append(file)
+        return os.path.join(library.parent, *["."] * files.index(file), library.name)
+
+
 class CpuRunner(Runner):
     """One handle of the library. `ports` are the manifest's inputs and outputs."""
 
@@ -33,7 +53,7 @@ class CpuRunner(Runner):
             for p in ports["outputs"]
         ]
         try:
-            lib = ctypes.CDLL(str(library.resolve()))
+            lib = ctypes.CDLL(_spelling(library.resolve()))
         except OSError as error:
             raise InputError(
                 f"cannot load {library.name}: {error}; compile it again for this machine."

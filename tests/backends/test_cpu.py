@@ -516,3 +516,20 @@ def test_integers_beside_vector_kernels(body: str, tmp_path: Path) -> None:
     net.sweep()
     inputs = random_inputs(net)
     assert_close(compiled(net, tmp_path, "native", inputs), run_onnx(net, inputs), 1e-5)
+
+
+def test_a_library_that_took_the_place_of_a_loaded_one_is_the_one_that_runs(tmp_path: Path) -> None:
+    backend = CpuBackend()
+    place, x = tmp_path / "net", np.ones((2, 3), np.float32)
+    runners = []
+    for i, (op, want) in enumerate((("Tanh", np.tanh(x)), ("Neg", -x), ("Exp", np.exp(x)))):
+        if place.exists():
+            place.rename(tmp_path / f"old{i}")
+        place.mkdir()
+        info = backend.lower(
+            program(f"(float[2, 3] x) => (float[2, 3] y) {{ y = {op}(x) }}"), Target("cpu"), place
+        )
+        runners.append((backend.load(place, info, threads=1), want))
+        runners.append((backend.load(place, info, threads=1), want))
+    for runner, want in runners:
+        np.testing.assert_allclose(runner.run({"x": x})[0], want, rtol=1e-5)
