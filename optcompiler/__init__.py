@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from optcompiler.budget import Budget
     from optcompiler.compiled import Compiled, load
     from optcompiler.compiler import compile
-    from optcompiler.errors import Declined, OptcompilerError
+    from optcompiler.errors import Declined, GateError, OptcompilerError
     from optcompiler.ledger import Ledger
     from optcompiler.plugins import Registry
     from optcompiler.program import Program
@@ -30,6 +30,7 @@ _HOMES = {
     "Compiled": "compiled",
     "Decline": "rewriting",
     "Declined": "errors",
+    "GateError": "errors",
     "Kernel": "backend",
     "Ledger": "ledger",
     "OptcompilerError": "errors",
@@ -45,9 +46,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Backend", "Budget", "Candidate", "Capabilities", "Compiled", "Decline", "Declined", "Kernel",
-    "Ledger", "OptcompilerError", "Pass", "PassContext", "Program", "Registry", "Runner", "Stage",
-    "Target", "__version__", "compile", "hookimpl", "load",
+    "Backend", "Budget", "Candidate", "Capabilities", "Compiled", "Decline", "Declined",
+    "GateError", "Kernel", "Ledger", "OptcompilerError", "Pass", "PassContext", "Program",
+    "Registry", "Runner", "Stage", "Target", "__version__", "compile", "hookimpl", "load",
 ]  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from optcompiler.target import Target
 
 if TYPE_CHECKING:
     from optcompiler.backend import Capabilities
+    from optcompiler.frontend import Imported
     from optcompiler.program import Port
 
 WEIGHING_SAMPLES = 8
@@ -311,7 +312,8 @@ class _Job:
             assert teacher is not None
             drop = budget.drop(teacher, student)
             metric = {"teacher": teacher, "student": student, "drop": drop}
-        size = sum(f.stat().st_size for f in final.code.rglob("*") if f.is_file())
+        size = final.size_bytes
+        imported = session.bound(session.teacher)
         gates = _gates(budget, damage, metric, final.measured_us, size)
         measurements: dict[str, Any] = {
             "predicted_us": final.predicted_us,
@@ -323,14 +325,16 @@ class _Job:
                     "name": k.name, "kind": k.kind, "dtype": k.dtype, "nodes": list(k.nodes),
                     "predicted_us": predicted, "measured_us": times.get(k.name),
                 }
-                for k, predicted in zip(final.kernels, self._predictions(final), strict=True)
+                for k, predicted in zip(final.kernels, final.kernel_us, strict=True)
             ],
             "damage": damage,
             "damage_measure": self.damage,
             "ran_here": session.backend.runs_here(session.target),
             "metric": metric,
-            "macs": {"before": self._macs(session.teacher), "after": self._macs(final.program)},
-            "size_bytes": {"before": session.teacher.weight_bytes, "after": size},
+            "macs": {"before": self._macs(imported), "after": self._macs(final.program)},
+            "size_bytes": {
+                "before": before.size_bytes if before else imported.weight_bytes, "after": size
+            },
             "compile_seconds": dict(self.seconds),
             "gates": gates,
         }  # fmt: skip
@@ -348,14 +352,11 @@ class _Job:
         if failed:
             raise GateError(
                 "; ".join(f"{g['name']} is {g['value']:.4g}, over {g['limit']:.4g}" for g in failed)
-                + "; loosen the budget, or take the best artifact found.",
+                + "; loosen the budget, or take the best artifact found (--keep-best on the "
+                "command line, the error's `compiled` in Python).",
                 compiled,
             )
         return compiled
-
-    def _predictions(self, built: Built) -> list[float]:
-        profile = device.estimate_only(self.session.profile)
-        return [self.session.cost_model.kernel_us(k, profile) for k in built.kernels]
 
     def _artifact_damage(self, final: Built) -> float | None:
         if not self.batches:
@@ -428,13 +429,13 @@ def _gates(
     ]
 
 
-def _example(imported: Any, example_inputs: Any) -> Batch:
+def _example(imported: Imported, example_inputs: Any) -> Batch:
     """The example inputs as a batch, or seeded random ones for an ONNX model without."""
+    from optcompiler.frontend import split_examples
+
     program: Program = imported.program
     if example_inputs is not None:
-        args, kwargs = ((), example_inputs)
-        if not isinstance(example_inputs, Mapping):
-            args, kwargs = tuple(example_inputs), {}
+        args, kwargs = split_examples(example_inputs)
         try:
             return imported.signature.bind(args, kwargs)
         except InputError:

@@ -310,11 +310,6 @@ def _curve(points: list[tuple[float, float]]) -> Curve:
     return tuple((s, statistics.median(r)) for s, r in sorted(merged.items()))
 
 
-def estimate_only(profile: DeviceProfile) -> DeviceProfile:
-    """The same rates without the table of measured kernels."""
-    return replace(profile, measured={})
-
-
 HEAD = '<ir_version: 10, opset_import: ["" : 20]>\n'
 TEXT_TYPES = {"float32": "float", "int8": "int8", "uint8": "uint8", "int32": "int32"}
 PAIRS = 3

@@ -62,8 +62,15 @@ class Built:
     info: Mapping[str, Any]
     runner: Runner
     kernels: Sequence[Kernel]
+    kernel_us: Sequence[float]
+    """Predicted time of each kernel, before this artifact taught the cost model anything."""
     predicted_us: float
     measured_us: float | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of everything that the backend wrote."""
+        return sum(f.stat().st_size for f in self.code.rglob("*") if f.is_file())
 
     def close(self) -> None:
         self.runner.close()
@@ -87,8 +94,9 @@ def build(session: Session, program: Program, label: str, *, check: bool = True)
         shutil.rmtree(code, ignore_errors=True)
         raise
     kernels = session.backend.kernels(program, session.target)
-    built = Built(label, program, code, info, runner, kernels,
-                  session.cost_model.program_us(kernels, session.profile))  # fmt: skip
+    each = [session.cost_model.kernel_us(k, session.profile) for k in kernels]
+    total = session.cost_model.program_us(kernels, session.profile)
+    built = Built(label, program, code, info, runner, kernels, each, total)
     if check:
         try:
             _compare(session, built)

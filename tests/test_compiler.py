@@ -210,3 +210,13 @@ def test_negative_budgets_are_refused(limit: str) -> None:
         Budget(**{limit: -1})
     with pytest.raises(InputError, match="needs a metric"):
         Budget(max_drop=1)
+
+
+def test_one_tensor_is_enough_as_example_inputs() -> None:
+    import torch
+
+    module = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Sigmoid()).eval()
+    x = torch.randn(4, 8)
+    got = compile_model(module, x, target="toy", registry=registry(), precision="fp32")
+    torch.testing.assert_close(got(x), module(x).detach())
+    assert got.measurements["macs"] == {"before": 128, "after": 128}

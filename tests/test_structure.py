@@ -64,8 +64,8 @@ def test_no_init_beside_the_packages() -> None:
 def test_public_names() -> None:
     assert sorted(optcompiler.__all__) == [
         "Backend", "Budget", "Candidate", "Capabilities", "Compiled", "Decline", "Declined",
-        "Kernel", "Ledger", "OptcompilerError", "Pass", "PassContext", "Program", "Registry",
-        "Runner", "Stage", "Target", "__version__", "compile", "hookimpl", "load",
+        "GateError", "Kernel", "Ledger", "OptcompilerError", "Pass", "PassContext", "Program",
+        "Registry", "Runner", "Stage", "Target", "__version__", "compile", "hookimpl", "load",
     ]  # fmt: skip
     for name in optcompiler.__all__:
         assert getattr(optcompiler, name) is not None

@@ -77,6 +77,9 @@ class ToyBackend(Backend):
             runner.run = lambda inputs: [a + 1 for a in run(inputs)]  # type: ignore[method-assign]
         return runner
 
+    def versions(self) -> Mapping[str, str]:
+        return {"toy": repr((self.timed, sorted((self.delays_us or {}).items())))}
+
     def nominal_profile(self, target: Target) -> DeviceProfile:
         return DeviceProfile(
             name="toy", backend="toy", threads=1, mac_rate={"gemm/fp32": ((1.0, 1e9),)},
