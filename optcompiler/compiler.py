@@ -172,6 +172,8 @@ class _Job:
             self._lap("build")
             finish.measure(session, builds)
             final, probe = self._never_slower(builds, clean, planner, probe)
+            if final is not builds[0]:
+                finish.compare(session, final)
             self._lap("measure")
             return self._finish(final, reference, planner, probe)
         finally:

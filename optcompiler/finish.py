@@ -99,14 +99,15 @@ def build(session: Session, program: Program, label: str, *, check: bool = True)
     built = Built(label, program, code, info, runner, kernels, each, total)
     if check:
         try:
-            _compare(session, built)
+            compare(session, built)
         except BaseException:
             built.close()
             raise
     return built
 
 
-def _compare(session: Session, built: Built) -> None:
+def compare(session: Session, built: Built) -> None:
+    """Raise `VerificationError` when the artifact's outputs are not the executor's."""
     got = built.runner.run(sample_of(session))
     names = [p.name for p in built.program.outputs]
     expected = run_batches(built.program, [sample_of(session)], session.context.ops)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from optcompiler import Budget, Program
+from optcompiler import Budget, Program, finish
 from optcompiler.compiler import compile as compile_model
 from optcompiler.errors import Declined, GateError, InputError, PluginError, VerificationError
 from optcompiler.ledger import DECLINED, REJECTED, REVERTED, ROLLED_BACK, TAKEN
@@ -220,3 +220,18 @@ def test_one_tensor_is_enough_as_example_inputs() -> None:
     got = compile_model(module, x, target="toy", registry=registry(), precision="fp32")
     torch.testing.assert_close(got(x), module(x).detach())
     assert got.measurements["macs"] == {"before": 128, "after": 128}
+
+
+def test_what_it_falls_back_to_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    original = finish.compare
+
+    def recorded(session: Any, built: Any) -> None:
+        compared.append(built.label)
+        original(session, built)
+
+    monkeypatch.setattr(finish, "compare", recorded)
+    slow = ToyBackend(timed=True, delays_us={"HardSigmoid": 12000, "Sigmoid": 1000, "Tanh": 3000})
+    compiled(sigmoid_net((1.0,)), backend=slow, budget=Budget(max_damage=1.0))
+    assert len(compared) == 2
+    assert compared[0] == "final"
