@@ -1,0 +1,8 @@
+"""Every system under test."""
+
+from __future__ import annotations
+
+from tests.conformance.executor import Executor
+from tests.conformance.runner import Subject
+
+SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (Executor(),)}
