@@ -14,6 +14,7 @@ from optcompiler.lowering.build import (
     channels_last,
     map_views,
 )
+from optcompiler.lowering.expand import Decomposition
 from optcompiler.lowering.expressions import POINTWISE, call, cast, clip
 from optcompiler.lowering.flatten import flatten, site_of
 from optcompiler.lowering.ir import (
@@ -37,10 +38,20 @@ IMAGE_OPS = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalAveragePool"})
 class Lowering(Builder):
     """Drives the rules: every node in order, a region's other operands before its root."""
 
-    def __init__(self, program: Program, rules: Mapping[str, Rule], values: bool) -> None:
-        super().__init__(flatten(program, values))
+    def __init__(
+        self,
+        program: Program,
+        rules: Mapping[str, Rule],
+        values: bool,
+        decompositions: Mapping[str, Decomposition],
+    ) -> None:
         self.rules = rules
+        super().__init__(flatten(program, values, self.has_rule, decompositions))
         self.done: set[ir.Node] = set()
+
+    def has_rule(self, node: ir.Node) -> bool:
+        """Whether the node is lowered as it is."""
+        return node.domain == "" and (node.op_type in self.rules or pointwise_op(node))
 
     def run(self) -> Lowered:
         for node in self.flat.nodes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,19 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common as ir_passes
 
 from optcompiler.errors import InputError, UnsupportedOperatorError
-from optcompiler.lowering.ir import ITEM_SIZES
+from optcompiler.lowering.expand import Decomposition, Facts, expansion, infer, splice
+from optcompiler.lowering.ir import ITEM_SIZES, product
 from optcompiler.ops.spec import attributes_of
 from optcompiler.program import Program, static_shape
 
 KERNEL_INTEGERS = (np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int32))
 """Types whose constants stay integers, for a contraction or the expression that reads them."""
+
+RANDOM = frozenset({
+    "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli",
+    "Multinomial",
+})  # fmt: skip
+"""Operators whose results are not a function of their inputs."""
 
 SITE_KEY = "optcompiler.site"
 """Metadata key of an expanded node: the main-graph node it came from."""
@@ -49,8 +58,16 @@ def site_of(node: ir.Node) -> str:
     return node.metadata_props.get(SITE_KEY) or node.name or ""
 
 
-def flatten(program: Program, values: bool = True) -> Flat:
+def flatten(
+    program: Program,
+    values: bool = True,
+    has_rule: Callable[[ir.Node], bool] = lambda node: True,
+    decompositions: Mapping[str, Decomposition] = MappingProxyType({}),
+) -> Flat:
     """Expand functions, fold constants, and check that every shape is static.
+
+    Nodes for which `has_rule` is false are expanded: by `decompositions`, by the function body
+    that their schema has, or, for control flow whose condition is known, by what is taken.
 
     Raises `InputError` for a symbolic dimension, naming the input, and
     `UnsupportedOperatorError` for a tensor type without a lowered form. Without `values`, quantised
@@ -71,17 +88,32 @@ def flatten(program: Program, values: bool = True) -> Flat:
     if copy.functions:
         ir_passes.InlinePass()(copy.model)
         ir_passes.NameFixPass()(copy.model)
-        copy.infer_shapes()
-    elif any(static_shape(v) is None for n in copy.graph for v in n.outputs):
-        copy.infer_shapes()
     flat = Flat(copy)
     for value in copy.graph.initializers.values():
         if value.const_value is not None:
             flat.constants[value] = value.const_value.numpy()
-    for node in copy.graph:
-        if not _fold(node, flat, values):
-            flat.nodes.append(node)
-    _check(flat)
+            flat.shapes[value] = flat.constants[value].shape
+    for value in copy.graph.inputs:
+        _check_type(value, f"input {value.name!r}")
+        flat.shapes[value] = shape = static_shape(value) or ()
+        if 0 in shape and value.dtype is not None:
+            flat.constants[value] = np.empty(shape, value.dtype.numpy())
+    facts = Facts(flat.shapes, flat.constants)
+    todo = deque(copy.graph)
+    while todo:
+        node = todo.popleft()
+        if any(static_shape(v) is None for v in node.outputs):
+            infer(node, facts)
+        if _fold(node, flat, values):
+            flat.shapes.update((v, flat.constants[v].shape) for v in node.outputs)
+            continue
+        if not has_rule(node):
+            made = expansion(node, facts, decompositions)
+            if made is not None:
+                todo.extendleft(reversed(splice(node, made)))
+                continue
+        _settle(node, flat)
+        flat.nodes.append(node)
     return flat
 
 
@@ -95,7 +127,13 @@ def _fold(node: ir.Node, flat: Flat, contents: bool) -> bool:
             part = dims[attributes.get("start") or 0 : attributes.get("end")]
             flat.constants[node.outputs[0]] = np.array(part, np.int64)
             return True
-    if node.domain != "" or node.op_type in {"RandomNormal", "RandomUniform"}:
+    if node.op_type == "Size" and node.inputs[0] in flat.shapes:
+        flat.constants[node.outputs[0]] = np.array(product(flat.shapes[node.inputs[0]]), np.int64)
+        return True
+    if node.op_type == "Constant" and "value" in node.attributes:
+        flat.constants[node.outputs[0]] = node.attributes["value"].as_tensor().numpy()
+        return True
+    if node.domain != "" or node.op_type in RANDOM:
         return False
     values = [None if v is None else flat.constants.get(v) for v in node.inputs]
     if any(v is not None and c is None for v, c in zip(node.inputs, values, strict=True)):
@@ -198,23 +236,22 @@ def evaluate(node: ir.Node, values: list[np.ndarray | None]) -> list[np.ndarray]
     return list(run(None, feeds))
 
 
-def _check(flat: Flat) -> None:
-    graph = flat.program.graph
-    for value, array in flat.constants.items():
-        flat.shapes[value] = array.shape
-    for value in graph.inputs:
-        flat.shapes[value] = static_shape(value) or ()
-    for node in flat.nodes:
-        for value in node.outputs:
-            shape = static_shape(value)
-            if shape is None:
-                raise UnsupportedOperatorError(
-                    f"{node.op_type} {site_of(node)!r}: the shape of {value.name!r} is not known "
-                    f"before it runs; rewrite the model so that shapes do not depend on data."
-                )
-            flat.shapes[value] = shape
-            if flat.dtype(value) not in ITEM_SIZES:
-                raise UnsupportedOperatorError(
-                    f"{node.op_type} {site_of(node)!r}: {flat.dtype(value)} tensors have no "
-                    f"lowered form; cast to FLOAT or an integer type."
-                )
+def _settle(node: ir.Node, flat: Flat) -> None:
+    """Note the shapes of what a node computes, or say why it cannot be lowered."""
+    for value in node.outputs:
+        _check_type(value, f"{node.op_type} {site_of(node)!r}")
+        shape = static_shape(value)
+        if shape is None:
+            raise UnsupportedOperatorError(
+                f"{node.op_type} {site_of(node)!r}: the shape of {value.name!r} is not known "
+                f"before it runs; rewrite the model so that shapes do not depend on data."
+            )
+        flat.shapes[value] = shape
+
+
+def _check_type(value: ir.Value, where: str) -> None:
+    if not isinstance(value.type, ir.TensorType) or value.type.dtype.name not in ITEM_SIZES:
+        raise UnsupportedOperatorError(
+            f"{where}: {value.type or 'unknown'} tensors have no lowered form; "
+            f"cast to FLOAT or an integer type."
+        )

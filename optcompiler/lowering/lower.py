@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from optcompiler.lowering import arena
 from optcompiler.lowering.composites import COMPOSITES
 from optcompiler.lowering.contractions import CONTRACTIONS
 from optcompiler.lowering.core import Lowering
+from optcompiler.lowering.expand import Decomposition
 from optcompiler.lowering.ir import Lowered
 from optcompiler.lowering.layout import LAYOUT
 from optcompiler.lowering.reductions import REDUCTIONS
@@ -13,6 +16,9 @@ from optcompiler.program import Program
 
 RULES = {**LAYOUT, **CONTRACTIONS, **REDUCTIONS, **COMPOSITES}
 """What is not pointwise: operator → how it is lowered."""
+
+DECOMPOSITIONS: Mapping[str, Decomposition] = {}
+"""Operators written with others: operator → what takes its place."""
 
 
 def lower(program: Program, *, plan: bool = True, values: bool = True) -> Lowered:
@@ -26,7 +32,7 @@ def lower(program: Program, *, plan: bool = True, values: bool = True) -> Lowere
 
     Raises `InputError` for dynamic shapes and `UnsupportedOperatorError` naming operator and node.
     """
-    lowering = Lowering(program, RULES, values)
+    lowering = Lowering(program, RULES, values, DECOMPOSITIONS)
     lowered = lowering.run()
     if plan:
         arena.plan(lowered)
