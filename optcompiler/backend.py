@@ -44,10 +44,10 @@ class Capabilities:
 class Kernel:
     """One launch of generated or library code, as the cost model sees it.
 
-    `kind` is "gemm", "conv", "depthwise", "pointwise", "reduction", "normalization", "softmax",
-    "attention", "pooling", "movement" or "other"; `dtype` the type of the arithmetic ("fp32",
-    "int8", "bf16"). `macs` counts multiply-accumulates, `flops` the pointwise operations beside
-    them, `bytes_moved` activations read and written, `weight_bytes` constants read.
+    `kind` is "gemm", "conv", "winograd", "depthwise", "pointwise", "reduction", "normalization",
+    "softmax", "attention", "pooling", "movement" or "other"; `dtype` the type of the arithmetic
+    ("fp32", "int8", "bf16"). `macs` counts multiply-accumulates, `flops` the pointwise operations
+    beside them, `bytes_moved` activations read and written, `weight_bytes` constants read.
     `shape` distinguishes kernels of one kind in the table of measured kernels.
     """
 
@@ -77,7 +77,10 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Outputs in graph order. `inputs` have been checked: dtypes, shapes, C-contiguous."""
+        """Outputs in graph order. `inputs` have been checked: dtypes, shapes, C-contiguous.
+
+        A sequence is a list of arrays and an empty optional None, where the backend has them.
+        """
 
     timed: bool = True
     """False where the time of a run says nothing about the target, as under an interpreter."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
 from optcompiler.errors import InputError
-from optcompiler.lowering import kernels_of, lower, plan
+from optcompiler.lowering import kernel_of, lower, plan
+from optcompiler.lowering.ir import Conv, Step
 from optcompiler.program import Program
 from optcompiler.target import Target
-from optcompiler_cpu.isa import ISAS, pick_isa, supported
+from optcompiler_cpu.isa import ISAS, Isa, pick_isa, supported
 from optcompiler_cpu.legalize import legalize
 from optcompiler_cpu.module import describe, print_module
 from optcompiler_cpu.runner import CpuRunner
 from optcompiler_cpu.toolchain import build, compiler, compiler_version
+from optcompiler_cpu.winograd import is_winograd, multiplications
 
 LIBRARY = "libnet.so"
 WEIGHTS = "net.weights"
@@ -44,7 +47,9 @@ class CpuBackend(Backend):
         )
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
-        return kernels_of(lower(program, plan=False, values=False))
+        isa = pick_isa(target.options)
+        lowered = lower(program, plan=False, values=False)
+        return [_as_printed(step, kernel_of(step), isa) for step in lowered.steps]
 
     def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
         isa = pick_isa(target.options)
@@ -82,3 +87,10 @@ class CpuBackend(Backend):
 
     def versions(self) -> Mapping[str, str]:
         return {"cc": compiler_version()}
+
+
+def _as_printed(step: Step, kernel: Kernel, isa: Isa) -> Kernel:
+    """The kernel with the work that the C printed for it does."""
+    if isinstance(step, Conv) and is_winograd(step, isa):
+        return replace(kernel, kind="winograd", macs=multiplications(step))
+    return kernel

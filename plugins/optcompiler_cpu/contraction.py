@@ -17,6 +17,7 @@ from optcompiler.lowering.ir import Conv, MatMul, View, loads, product
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.expressions import Place, VectorPrinter
 from optcompiler_cpu.isa import Isa
+from optcompiler_cpu.loops import HEADER
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
     if integer:
         pointers.data("scale", _scales(step, isa), "float")
     total = sum(b.tiles for b in blocks)
-    epilogue, args = _epilogue(step, shape, pointers, isa)
+    epilogue, args = print_epilogue(step, shape, pointers, isa)
     kind = "u8" if integer else "f32"
     table = ", ".join(
         f"{{{b.n}, {b.stop}, {b.vectors}, {b.rows}, {b.tiles}, {i}, {b.a}, {b.w}}}"
@@ -204,12 +205,8 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         "}",
     ]
     body = [*pointers.declarations(body), *body]
-    text = f"{epilogue}\n{_header()} {{\n{indent(body)}\n}}\n"
+    text = f"{epilogue}\n{HEADER} {{\n{indent(body)}\n}}\n"
     return KernelCode(text, pointers.finish(), tiles=frozenset(tiles))
-
-
-def _header() -> str:
-    return "void @(int part, int parts, char *const *q, char *scratch)"
 
 
 def _tile_call(
@@ -326,7 +323,7 @@ def merge_rows(step: Conv | MatMul, shape: Shape) -> Shape:
     return replace(joined, dims=dims, a_strides=joined.merged(shape.a_strides))
 
 
-def _epilogue(
+def print_epilogue(
     step: Conv | MatMul, shape: Shape, pointers: Pointers, isa: Isa
 ) -> tuple[str, list[str]]:
     """The function that stores a tile, and the row offsets it wants, in C terms of the row."""
@@ -401,7 +398,7 @@ def _dynamic(step: MatMul, shape: Shape, isa: Isa) -> KernelCode:
     b = pointers.view(step.b.view)
     *b_batch, sk, sn = step.b.view.strides
     tiles = {("f32", c.vectors, r) for c in blocks for r in (c.rows, m - (c.tiles - 1) * c.rows)}
-    epilogue, args = _epilogue(step, shape, pointers, isa)
+    epilogue, args = print_epilogue(step, shape, pointers, isa)
     table = ", ".join(
         f"{{{c.n}, {c.stop}, {c.vectors}, {c.rows}, {c.tiles}, "
         f"{c.n if step.bias is not None else 0}, 0, 0}}"
@@ -430,7 +427,7 @@ def _dynamic(step: MatMul, shape: Shape, isa: Isa) -> KernelCode:
         "}",
     ]
     body = [*pointers.declarations(body), *body]
-    text = f"{epilogue}\n{_header()} {{\n{indent(body)}\n}}\n"
+    text = f"{epilogue}\n{HEADER} {{\n{indent(body)}\n}}\n"
     scratch = k * isa.widest * isa.lanes * 4
     return KernelCode(text, pointers.finish(), scratch_bytes=scratch, tiles=frozenset(tiles))
 
