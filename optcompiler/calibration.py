@@ -49,6 +49,12 @@ def load_calibration(
     """
     if source is None:
         return []
+    odd = [port for port in signature.inputs if port.kind != "tensor"]
+    if odd:
+        raise InputError(
+            f"calibration: input {odd[0]} is no tensor of known rank, which calibration needs; "
+            f"compile with precision 'fp32' and without calibration."
+        )
     dimension = _batch_dimension(signature.inputs)
     relaxed = signature
     if dimension is not None:

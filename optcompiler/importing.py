@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -47,7 +48,7 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
 
     Raises `InputError` naming the file for one that is missing, empty, truncated or not ONNX, for
     external data outside the model's directory, for NaN or infinite weights, for inputs or outputs
-    that are not tensors of known rank, and for an invalid model.
+    of unknown type or rank, and for an invalid model.
     """
     model, label = _load(source)
     _check_external_data(model, label)
@@ -59,6 +60,7 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     _check_finite(model, stated, label)
     _declutter(model, label)
     _check_ports("input", model.graph.inputs, label)
+    _state_defaults(model)
     program = Program(_at_minimum_opset(model))
     _name_everything(program.model)
     _keep_source_paths(program.model)
@@ -355,6 +357,22 @@ def _separate_outputs(graph: ir.Graph) -> None:
         seen.add(value)
 
 
+def _state_defaults(model: ir.Model) -> None:
+    """State default attributes of operators that are a function without a shape inference of its
+    own: inference over the function's body misses what is not stated (onnx 1.23)."""
+    version = model.opset_imports[""]
+    for node in model.graph.all_nodes():
+        if node.domain or not onnx.defs.has(node.op_type):
+            continue
+        schema = onnx.defs.get_schema(node.op_type, min(version, onnx.defs.onnx_opset_version()))
+        function: Any = schema  # the stubs of onnx lack what says that it is one
+        if not function.has_function or function.has_type_and_shape_inference_function:
+            continue
+        for name, attribute in schema.attributes.items():
+            if name not in node.attributes and attribute.default_value.type:
+                node.attributes.add(ir.serde.deserialize_attribute(attribute.default_value))
+
+
 def _at_minimum_opset(model: ir.Model) -> ir.Model:
     """`model` at `MINIMUM_OPSET` or later; as it is where the converters cannot take it there."""
     if model.graph.opset_imports[""] >= MINIMUM_OPSET or model.functions:
@@ -375,7 +393,7 @@ def _at_minimum_opset(model: ir.Model) -> ir.Model:
         _name_everything(candidate.model)
         _set_ir_version(candidate.model)
         candidate.infer_shapes()
-        candidate.verify()
+        candidate.verify(like=Program(model))
     except Exception as error:
         logging.getLogger(__name__).debug("opset kept: %s", error)
         return model
@@ -521,12 +539,12 @@ def _settle_casts(program: Program) -> None:
 
 def _check_ports(kind: str, values: Sequence[ir.Value], label: str) -> None:
     for value in values:
-        if not isinstance(value.type, ir.TensorType):
+        if not isinstance(value.type, (ir.TensorType, ir.SequenceType, ir.OptionalType)):
             raise InputError(
                 f"{label}: {kind} {value.name!r} is {value.type or 'of unknown type'}; "
-                f"only tensors can be compiled, so cut the model there."
+                f"only tensors, sequences and optionals can be compiled, so cut the model there."
             )
-        if value.shape is None:
+        if isinstance(value.type, ir.TensorType) and value.shape is None:
             raise InputError(
                 f"{label}: {kind} {value.name!r} has no shape; "
                 f"declare its number of dimensions and export again."

@@ -31,17 +31,24 @@ SOURCE_KEY = "optcompiler.source"
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output of a program: `shape` holds ints and names of symbolic dimensions."""
+    """One input or output of a program: `shape` holds ints and names of symbolic dimensions.
+
+    `kind` is "tensor", "sequence", "optional tensor" or "optional sequence"; all but a tensor have
+    no shape here, and `dtype` is the type of their elements.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    kind: str = "tensor"
 
     @property
     def static(self) -> bool:
-        return all(isinstance(d, int) for d in self.shape)
+        return self.kind == "tensor" and all(isinstance(d, int) for d in self.shape)
 
     def __str__(self) -> str:
+        if self.kind != "tensor":
+            return f"{self.name}: {self.kind} of {self.dtype.lower()}"
         return f"{self.name}: {self.dtype.lower()}[{', '.join(map(str, self.shape))}]"
 
 
@@ -339,7 +346,13 @@ class Program:
 def port(value: ir.Value) -> Port:
     """The name, ONNX type name and shape of a value; an unnamed dynamic dimension reads "?"."""
     dtype = value.dtype.name if value.dtype is not None else "UNDEFINED"
-    return Port(value.name or "", dtype, shape_of(value))
+    kind, inner = "", value.type
+    while isinstance(inner, (ir.OptionalType, ir.SequenceType)):
+        kind += "optional " if isinstance(inner, ir.OptionalType) else "sequence "
+        inner = inner.elem_type
+    if not kind.endswith("sequence "):
+        kind += "tensor"
+    return Port(value.name or "", dtype, shape_of(value) if kind == "tensor" else (), kind.strip())
 
 
 def shape_of(value: ir.Value) -> tuple[int | str, ...]:

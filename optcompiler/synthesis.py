@@ -25,6 +25,8 @@ def random_batch(
     rng = np.random.default_rng(seed)
     batch: dict[str, np.ndarray] = {}
     for port in ports:
+        if port.kind != "tensor":
+            raise InputError(f"input {port}: no example can be made; give one.")
         shape = tuple(d if isinstance(d, int) else dynamic for d in port.shape)
         try:
             dtype = ir.DataType[port.dtype].numpy()

@@ -109,13 +109,17 @@ def make_context(program: Program, **changes: Any) -> PassContext:
     """A context for `program` as its own teacher: int8 allowed, four random calibration batches."""
     from optcompiler.ops import builtin_table
 
+    if "calibration" not in changes:
+        changes["calibration"] = [random_inputs(program, seed) for seed in range(4)]
+    if "holdout" not in changes:
+        changes["holdout"] = [random_inputs(program, 99)]
     context = PassContext(
         target=Target("onnxruntime", threads=1),
         capabilities=INT8,
         precisions=frozenset({"fp32", "int8"}),
         teacher=program,
-        calibration=[random_inputs(program, seed) for seed in range(4)],
-        holdout=[random_inputs(program, 99)],
+        calibration=changes.pop("calibration", None) or [],
+        holdout=changes.pop("holdout", None) or [],
         ops=builtin_table(),
         seed=0,
         progress=Silent(),

@@ -361,14 +361,40 @@ def test_not_finite_sees_low_precision_floats():
     assert not_finite(np.array([1.5, 2], np.float16)) == 0
 
 
-def test_inputs_that_are_no_tensors_of_known_rank_are_refused():
+def test_inputs_that_are_no_tensors_are_ports_of_their_own_kind():
     sequence = parser.parse_model("""
         <ir_version: 10, opset_import: ["" : 20]>
         g (seq(float[2]) s, int64 i) => (float[2] y) { y = SequenceAt (s, i) }
     """)
-    with pytest.raises(InputError, match=r"input 's'.*only tensors"):
-        program_from_onnx(sequence)
+    program = program_from_onnx(sequence)
+    assert [str(p) for p in program.inputs] == ["s: sequence of float", "i: int64[]"]
     rankless = mlp()
     rankless.graph.input[0].type.tensor_type.ClearField("shape")
     with pytest.raises(InputError, match="input 'x' has no shape"):
         program_from_onnx(rankless)
+
+
+def test_scan_of_opset_8_keeps_its_batch_dimension():
+    program = program_from_onnx(
+        parser.parse_model("""
+            <ir_version: 3, opset_import: ["" : 8]>
+            g (float[1,2] initial, float[1,3,2] x) => (float[1,2] y, float[1,3,2] z) {
+                y, z = Scan ("", initial, x) <num_scan_inputs: int = 1,
+                    body: graph = body (float[2] s, float[2] n) => (float[2] t, float[2] o) {
+                        t = Add (s, n)  o = Identity (t) }>
+            }
+        """)
+    )
+    assert program.opset == 8
+    assert program.inputs[1].shape == (1, 3, 2)
+
+
+def test_defaults_that_inference_over_a_function_body_misses_are_stated():
+    program = program_from_onnx(
+        parser.parse_model("""
+            <ir_version: 7, opset_import: ["" : 13]>
+            g (float[3,3,3,1] x) => (float[3,3,3,1] y) { y = MeanVarianceNormalization (x) }
+        """)
+    )
+    [node] = program.graph
+    assert list(node.attributes["axes"].as_ints()) == [0, 2, 3]

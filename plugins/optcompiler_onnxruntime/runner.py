@@ -32,7 +32,11 @@ class OnnxRuntimeRunner(Runner):
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         if self._session is None:
             raise InputError(f"{self._path.name}: the runner is closed; load the artifact again.")
-        return [np.asarray(v) for v in self._session.run(self._outputs, dict(inputs))]
+        outputs: list[Any] = list(self._session.run(self._outputs, dict(inputs)))
+        for index, value in enumerate(outputs):
+            if value is not None and not isinstance(value, list):
+                outputs[index] = np.asarray(value)
+        return outputs
 
     def kernel_times_us(self, inputs: Mapping[str, np.ndarray]) -> dict[str, float] | None:
         """Times of the nodes of ONNX Runtime's optimised graph in its third run.
