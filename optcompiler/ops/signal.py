@@ -69,7 +69,8 @@ def _cosines(size: Tensor, periodic: int, kind: int, weights: Sequence[float]) -
     """The sum of `weights[k] * cos(2 pi k n / N)`."""
     count = int(size.item())
     period = count if periodic else count - 1
-    at = torch.arange(count, dtype=torch.float64, device=size.device) * (2 * math.pi / period)
+    # One sample of a symmetric window is 0/0: NaN by ONNX's formula.
+    at = torch.arange(count, dtype=torch.float64, device=size.device) * 2 * math.pi / period
     y = torch.zeros_like(at)
     for k, weight in enumerate(weights):
         y = y + weight * torch.cos(at * k)
