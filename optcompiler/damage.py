@@ -14,13 +14,14 @@ An output that is not floating point counts the share of elements that differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from optcompiler.errors import InputError
-from optcompiler.executor import to_torch
+from optcompiler.executor import argument_of, to_torch
+from optcompiler.ops.types import tensor_of
 
 if TYPE_CHECKING:
     from optcompiler.ops import OpTable
@@ -97,7 +98,7 @@ class Judge:
 
     def damage_of(self, run: Callable[[Batch], Sequence[np.ndarray]]) -> float:
         """Mean damage of anything that maps a batch to outputs in graph order."""
-        return self._mean([[torch.from_numpy(np.array(a)) for a in run(b)] for b in self.batches])
+        return self._mean([as_tensors(run(b)) for b in self.batches])
 
     def _mean(self, outputs: Sequence[Outputs]) -> float:
         total = weight = 0.0
@@ -117,9 +118,30 @@ def run_batches(program: Program, batches: Sequence[Batch], ops: OpTable) -> lis
     results: list[Outputs] = []
     with torch.no_grad():
         for batch in batches:
-            arguments = [torch.from_numpy(np.ascontiguousarray(batch[n])) for n in names]
-            results.append([t.detach() for t in module(*arguments)])
+            results.append(as_tensors(module(*(argument_of(batch[n]) for n in names))))
     return results
+
+
+def as_tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+    """Outputs as tensors to compare: strings become code points, a sequence its length and items.
+
+    An empty optional is a length of -1.
+    """
+    found: list[torch.Tensor] = []
+    for value in values:
+        if value is None or isinstance(value, list):
+            items = cast("list[Any]", value or [])
+            found.append(torch.tensor(-1 if value is None else len(items)))
+            found += as_tensors(items)
+        elif isinstance(value, torch.Tensor):
+            found.append(value.detach())
+        elif (array := np.asarray(value)).dtype.kind in "OSU":
+            texts = np.char.encode(array.astype(str), "utf-8")
+            found.append(torch.tensor(np.frombuffer(texts.tobytes(), np.uint8)))
+            found.append(torch.tensor(texts.shape))
+        else:
+            found.append(tensor_of(np.array(array)))
+    return found
 
 
 def largest_error(expected: Sequence[Outputs], got: Sequence[Outputs]) -> float:

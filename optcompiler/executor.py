@@ -27,7 +27,8 @@ from optcompiler.ops.types import from_carrier, numpy_of, tensor_from_ir, tensor
 from optcompiler.program import Program
 
 __all__ = [
-    "NODE_KEY", "TYPE_KEY", "VALUE_KEY", "WEIGHTS_KEY", "interpret", "observe", "refit", "to_torch",
+    "NODE_KEY", "TYPE_KEY", "VALUE_KEY", "WEIGHTS_KEY", "argument_of", "interpret", "observe",
+    "refit", "to_torch",
 ]  # fmt: skip
 
 
@@ -150,21 +151,33 @@ class _Watcher(fx.Interpreter):
 
 def _arguments(
     module: fx.GraphModule, inputs: Mapping[str, np.ndarray | torch.Tensor]
-) -> list[torch.Tensor]:
+) -> list[Any]:
     """`inputs` in the order of the module's placeholders, on the module's device."""
     tensors = (*module.parameters(), *module.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
-    arguments: list[torch.Tensor] = []
+    arguments: list[Any] = []
     for node in module.graph.nodes:
         if node.op != "placeholder":
             continue
         name = str(node.meta[NODE_KEY])
         if name not in inputs:
             raise InputError(f"no value given for input {name!r}; give one for every graph input.")
-        given = inputs[name]
-        tensor = given if isinstance(given, torch.Tensor) else tensor_of(np.asarray(given))
-        arguments.append(tensor.to(device))
+        arguments.append(argument_of(inputs[name], device))
     return arguments
+
+
+def argument_of(value: Any, device: torch.device | None = None) -> Any:
+    """An input as a module of `to_torch` takes it: tensors, lists of them for sequences, or None.
+
+    Arrays share their memory with the result where they can. Raises `UnsupportedOperatorError` for
+    strings, which torch cannot hold.
+    """
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return [argument_of(item, device) for item in cast("list[Any]", value)]
+    tensor = value if isinstance(value, torch.Tensor) else tensor_of(np.asarray(value))
+    return tensor if device is None else tensor.to(device)
 
 
 def _build(

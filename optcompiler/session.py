@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from optcompiler.backend import Backend, Kernel
 from optcompiler.binding import bind
 from optcompiler.cost import CostModel, DeviceProfile
-from optcompiler.damage import Judge, Outputs, largest_error, run_batches, typical_error
+from optcompiler.damage import (
+    Judge,
+    Outputs,
+    as_tensors,
+    largest_error,
+    run_batches,
+    typical_error,
+)
 from optcompiler.errors import Declined, PluginError, UnsupportedOperatorError, VerificationError
 from optcompiler.ledger import DECLINED, REJECTED, ROLLED_BACK, TAKEN, Ledger, Row
 from optcompiler.program import Program
@@ -46,6 +55,8 @@ class Session:
     check: Batch
     """One batch on which exact rewrites are compared."""
     ledger: Ledger = field(default_factory=Ledger)
+    simulated: bool = True
+    """Whether the FX executor runs the teacher, as far as was seen; if not, the backend does."""
     _outputs: tuple[Program, list[Outputs]] | None = None
     _prices: dict[int, tuple[Program, float]] = field(
         default_factory=dict[int, tuple[Program, float]]
@@ -88,8 +99,26 @@ class Session:
     def outputs(self, program: Program) -> list[Outputs]:
         """Outputs on the check batch; those of the last program asked for are kept."""
         if self._outputs is None or self._outputs[0] is not program:
-            self._outputs = (program, run_batches(program, [self.check], self.context.ops))
+            self._outputs = (program, [self.run(program, self.check)])
         return self._outputs[1]
+
+    def run(self, program: Program, batch: Batch) -> Outputs:
+        """Outputs by the FX executor; by the backend when the executor lacks an operator."""
+        if self.simulated:
+            try:
+                return run_batches(program, [batch], self.context.ops)[0]
+            except UnsupportedOperatorError as error:
+                if not self.backend.runs_here(self.target):
+                    raise
+                self.progress.note(f"checked by {self.target} alone: {error}")
+                self.simulated = False
+        with tempfile.TemporaryDirectory(prefix="optcompiler-check-") as scratch:
+            info = self.backend.lower(self.bound(program), self.target, Path(scratch))
+            runner = self.backend.load(Path(scratch), info, threads=self.target.threads)
+            try:
+                return as_tensors(runner.run(batch))
+            finally:
+                runner.close()
 
     # -- proposals ------------------------------------------------------------------------
 
@@ -176,13 +205,13 @@ class Session:
         also passes, as 0, when `after` is no further from the teacher than `before` was.
         """
         old = self.outputs(before)
-        new = run_batches(after, [self.check], self.context.ops)
+        new = [self.run(after, self.check)]
         if not candidate.typical:
             return largest_error(old, new)
         error = typical_error(old, new)
         if error <= candidate.rtol:
             return error
-        teacher = run_batches(self.teacher, [self.check], self.context.ops)
+        teacher = [self.run(self.teacher, self.check)]
         no_further = typical_error(teacher, new) <= FURTHER * typical_error(teacher, old)
         return 0.0 if no_further else error
 

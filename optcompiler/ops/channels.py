@@ -305,6 +305,8 @@ def linear_quantization(node: ir.Node) -> Channels | None:
     attributes = attributes_of(node)
     vectors = [v for v in node.inputs[1:] if v is not None]
     axis = along(int(attributes.get("axis", 1)), len(shape))
+    if axis >= len(shape):  # the default axis says nothing of a vector with one scale
+        return Channels(couplings)
     if attributes.get("block_size"):
         couplings = tuple(c for c in couplings if c.target.axis != axis)
         for vector in vectors:

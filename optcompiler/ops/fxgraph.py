@@ -259,6 +259,11 @@ class GraphBuilder:
         label: str,
     ) -> None:
         """If, Loop and Scan: each subgraph becomes a submodule."""
+        if node.op_type == "Scan" and (_version(node) or 9) < 9:
+            raise UnsupportedOperatorError(
+                f"node {label!r} is Scan of opset 8, which has a batch dimension; "
+                f"export the model with a later opset."
+            )
         inputs = [None if v is None else self.read(scope[v], integers=True) for v in node.inputs]
         if node.op_type == "If":
             then, then_captured = self.submodule(node, "then_branch", scope, outer, label)

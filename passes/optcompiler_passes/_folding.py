@@ -57,7 +57,7 @@ class FoldingPolicy:
         if node.domain != "" or node.op_type in RANDOM | QUANTIZATION or len(node.outputs) != 1:
             return False
         output = node.outputs[0]
-        if output.is_graph_output():
+        if output.is_graph_output() or not isinstance(output.type, (ir.TensorType, type(None))):
             return False
         read = [v for v in node.inputs if v is not None and v.const_value is not None]
         elements = sum(v.const_value.size for v in read if v.const_value is not None)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
-from optcompiler.errors import Declined
+from optcompiler.errors import Declined, VerificationError
 from optcompiler.program import Program, constant, node_fingerprint, static_shape, tensor_hash
 from optcompiler.rewriting import Candidate, Decline, Pass, PassContext, Stage
 from optcompiler_passes._folding import QUANTIZATION, RANDOM, FoldingPolicy
@@ -99,7 +99,10 @@ class Simplify(Pass):
             value.name, value.type, value.shape = name, type_, shape
         if not any(program.changes_since(before)):
             raise Declined("nothing to simplify.")
-        program.infer_shapes()
+        try:
+            program.infer_shapes()
+        except VerificationError as error:
+            raise Declined(f"the simplified program is not valid ONNX: {error}") from error
 
 
 def _round(program: Program, policy: FoldingPolicy) -> bool:
@@ -118,7 +121,8 @@ def _round(program: Program, policy: FoldingPolicy) -> bool:
         should_fold=policy,
     )
     RewritePass(_rules())(model)
-    ir_passes.IdentityEliminationPass()(model)
+    for node in list(program.all_nodes()):
+        _without_identity(node)
     for node in list(program.graph):
         if node.graph is not None:
             _without_change_of_shape(node)
@@ -155,6 +159,25 @@ def _bypass(node: ir.Node, value: ir.Value) -> None:
     """Let readers of the node's result read `value`, unless the result is an output."""
     if not node.outputs[0].is_graph_output():
         node.outputs[0].replace_all_uses_with(value)
+
+
+def _without_identity(node: ir.Node) -> None:
+    """Readers of y = Identity(x) read x. Where y is an output, x takes its name, unless x is known
+    by a name already: an input or a constant, another output, a value of an outer graph."""
+    if not is_op(node, "Identity") or node.inputs[0] is None:
+        return
+    graph, x, y = node.graph, node.inputs[0], node.outputs[0]
+    producer = x.producer()
+    if y.is_graph_output():
+        if producer is None or producer.graph is not graph or x.is_graph_output():
+            return
+        name, type_, shape = y.name, y.type or x.type, y.shape if y.shape is not None else x.shape
+        y.replace_all_uses_with(x, replace_graph_outputs=True)
+        y.name, x.name, x.type, x.shape = x.name, name, type_, shape
+    else:
+        y.replace_all_uses_with(x)
+    assert graph is not None
+    graph.remove(node, safe=True)
 
 
 def _without_change_of_shape(node: ir.Node) -> None:
