@@ -12,8 +12,8 @@ from typing import Any, cast
 import numpy as np
 
 from optcompiler.errors import InputError
-from optcompiler.importing import not_finite
 from optcompiler.program import Port
+from optcompiler.reading import not_finite
 from optcompiler.signature import Signature, as_array, is_torch
 
 Batch = Mapping[str, np.ndarray]

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import logging
-import os
-import stat
-import threading
-import warnings
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 from onnx_ir.passes import common as ir_passes
 
 from optcompiler.errors import InputError, VerificationError
 from optcompiler.program import FUSED_DOMAIN, PASS_KEY, SOURCE_KEY, Program
+from optcompiler.reading import graphs_of, one_line, own_tensor, quiet, read_model
 
 MINIMUM_OPSET = 20
 """The default operator set is upgraded to this version where the converters can."""
@@ -29,11 +24,6 @@ MINIMUM_OPSET = 20
 MINIMUM_IR_VERSION = 10
 """First IR version with metadata on nodes and 4-bit integers."""
 
-MAPPED_ABOVE_BYTES = 1024
-"""Smaller external tensors are read: protobufs made for checking hold them, which have no path."""
-
-_FLOATS = frozenset(t for t in ir.DataType if t.is_floating_point())
-_CHUNK = 1 << 22
 _NO_MODULE = "_empty_nn_module_stack"
 
 
@@ -50,14 +40,7 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     external data outside the model's directory, for NaN or infinite weights, for inputs or outputs
     of unknown type or rank, and for an invalid model.
     """
-    model, label = _load(source)
-    _check_external_data(model, label)
-    stated = {
-        name for name, value in model.graph.initializers.items() if value.const_value is not None
-    }
-    _check_connected(model, label)
-    _own_weights(model, label)
-    _check_finite(model, stated, label)
+    model, label = read_model(source)
     _declutter(model, label)
     _check_ports("input", model.graph.inputs, label)
     _state_defaults(model)
@@ -77,198 +60,6 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     return program
 
 
-# -- reading --------------------------------------------------------------------------------
-
-
-def _load(source: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model, str]:
-    if isinstance(source, ir.Model):
-        return source.clone(), "the model"
-    if isinstance(source, onnx.ModelProto):
-        return _from_proto(source, "the model"), "the model"
-    if not isinstance(source, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(
-            f"a {type(source).__name__} is not an ONNX model; "
-            f"give a path, an onnx.ModelProto or an onnx_ir.Model."
-        )
-    path = Path(source).absolute()
-    label = str(source)
-    model = _from_proto(_read(path, label), label)
-    for tensor in _tensors(model):
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.base_dir = str(path.parent)
-    return model, label
-
-
-def _read(path: Path, label: str) -> onnx.ModelProto:
-    proto = onnx.ModelProto()
-    try:
-        data = path.read_bytes()
-        if not data:
-            raise InputError(f"{label}: the file is empty; export the model again.")
-        proto.ParseFromString(data)
-    except FileNotFoundError as error:
-        raise InputError(f"{label}: no such file; check the path.") from error
-    except OSError as error:
-        raise InputError(f"{label}: cannot be read ({error.strerror}); check the path.") from error
-    except DecodeError as error:
-        raise InputError(
-            f"{label}: truncated, or not an ONNX file; export or copy the model again."
-        ) from error
-    return proto
-
-
-def _from_proto(proto: onnx.ModelProto, label: str) -> ir.Model:
-    if not proto.HasField("graph") or not proto.opset_import:
-        raise InputError(f"{label}: holds no ONNX graph; export the model again.")
-    try:
-        with quiet():
-            return ir.from_proto(proto)
-    except Exception as error:
-        raise InputError(
-            f"{label}: not a valid ONNX model ({_one_line(error)}); export the model again."
-        ) from error
-
-
-def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    for graph in _graphs(model):
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                yield value.const_value
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.is_ref():
-                    continue
-                if attribute.type == ir.AttributeType.TENSOR:
-                    yield attribute.as_tensor()
-                elif attribute.type == ir.AttributeType.TENSORS:
-                    yield from attribute.as_tensors()
-
-
-def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    yield from model.graphs()
-    for function in model.functions.values():
-        yield function.graph
-
-
-def _check_external_data(model: ir.Model, label: str) -> None:
-    sizes: dict[str, int] = {}
-    for tensor in _tensors(model):
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        location = os.fspath(tensor.location)
-        where = f"{label}: external data {location!r} of {tensor.name!r}"
-        if not os.fspath(tensor.base_dir):
-            raise InputError(f"{where} has no directory to be in; give the path of the file.")
-        base = os.path.realpath(tensor.base_dir)
-        path = os.path.realpath(os.path.join(base, location))
-        if os.path.isabs(location) or os.path.commonpath([base, path]) != base:
-            raise InputError(
-                f"{where} lies outside the model's directory; put the data beside the model."
-            )
-        if location not in sizes:
-            sizes[location] = _size_of_data(path, where)
-        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-        if end > sizes[location] or (tensor.length or tensor.nbytes) < tensor.nbytes:
-            raise InputError(
-                f"{where} ends at byte {end} of {sizes[location]}; copy the data file again."
-            )
-
-
-def _size_of_data(path: str, where: str) -> int:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise InputError(
-            f"{where} cannot be read ({error.strerror}); put the data beside the model."
-        ) from error
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise InputError(
-            f"{where} is not a file of its own (hard links lead elsewhere); copy it to a new file."
-        )
-    return status.st_size
-
-
-def _check_connected(model: ir.Model, label: str) -> None:
-    for node in model.graph.all_nodes():
-        for value in node.inputs:
-            if value is None or value.producer() is not None:
-                continue
-            if not (value.is_graph_input() or value.is_initializer()):
-                raise InputError(
-                    f"{label}: {node.op_type} {node.name!r} reads {value.name!r}, "
-                    f"which nothing makes; export the model again."
-                )
-
-
-def _own_weights(model: ir.Model, label: str) -> None:
-    """Give every initializer a tensor object of its own over the same bytes.
-
-    onnx_ir writes names into tensors, which may belong to the caller's protobuf or model; and a
-    protobuf's tensor decodes its bytes at every access.
-    """
-    for graph in _graphs(model):
-        for name, value in graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None:
-                if not value.is_graph_input():
-                    raise InputError(
-                        f"{label}: initializer {name!r} has no data; load its weights."
-                    )
-                continue
-            try:
-                value.const_value = _own(tensor, name)
-            except (ValueError, TypeError, OSError, RuntimeError) as error:
-                raise InputError(
-                    f"{label}: initializer {name!r} cannot be read ({_one_line(error)}); "
-                    f"export the model again."
-                ) from error
-            value.dtype = value.const_value.dtype
-            value.shape = ir.Shape(tensor.shape.numpy())
-
-
-def _own(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes > MAPPED_ABOVE_BYTES:
-        return ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=name,
-            base_dir=tensor.base_dir,
-        )
-    if tensor.dtype == ir.DataType.STRING:
-        return ir.StringTensor(tensor.numpy(), shape=ir.Shape(tensor.shape.numpy()), name=name)
-    return ir.Tensor(tensor.numpy(), tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
-
-
-def _check_finite(model: ir.Model, names: Iterable[str], label: str) -> None:
-    for name in names:
-        tensor = model.graph.initializers[name].const_value
-        if tensor is None or tensor.dtype not in _FLOATS:
-            continue
-        bad = not_finite(tensor.numpy())
-        if bad:
-            raise InputError(
-                f"{label}: initializer {name!r} holds {bad} NaN or infinite values "
-                f"of {tensor.size}; fix the checkpoint."
-            )
-
-
-def not_finite(array: np.ndarray) -> int:
-    """How many elements are NaN, or infinite in an array that is no mask.
-
-    A mask (an attention mask, a clipping bound) holds nothing but zeros, ones and infinities.
-    """
-    flat = array.reshape(-1)
-    chunks = [flat[i : i + _CHUNK] for i in range(0, flat.size, _CHUNK)]
-    bad = sum(int(np.count_nonzero(~np.isfinite(c))) for c in chunks)
-    if bad == 0:
-        return 0
-    mask = all(bool(np.all(np.isinf(c) | (c == 0) | (c == 1))) for c in chunks)
-    return 0 if mask else bad
-
-
 # -- normal form ----------------------------------------------------------------------------
 
 
@@ -286,18 +77,18 @@ def _declutter(model: ir.Model, label: str) -> None:
         ir_passes.RemoveUnusedFunctionsPass()(model)
     except Exception as error:
         raise InputError(
-            f"{label}: not a valid ONNX model ({_one_line(error)}); export the model again."
+            f"{label}: not a valid ONNX model ({one_line(error)}); export the model again."
         ) from error
     _round_attributes(model)
-    for graph in _graphs(model):
+    for graph in graphs_of(model):
         for name, value in graph.initializers.items():
             if value.const_value is not None:
-                value.const_value = _own(value.const_value, name)
+                value.const_value = own_tensor(value.const_value, name)
 
 
 def _round_attributes(model: ir.Model) -> None:
     """Float attributes take the float32 value that a file would hold."""
-    for graph in _graphs(model):
+    for graph in graphs_of(model):
         for node in graph:
             for name, attribute in tuple(node.attributes.items()):
                 if attribute.is_ref():
@@ -382,6 +173,7 @@ def _at_minimum_opset(model: ir.Model) -> ir.Model:
     converted = model.clone()
     try:
         with quiet():
+            _align_slopes(converted)
             version_converter.convert_version(converted, MINIMUM_OPSET, fallback=True)
         for node in converted.graph.all_nodes():
             node.version = None
@@ -398,6 +190,25 @@ def _at_minimum_opset(model: ir.Model) -> ir.Model:
         logging.getLogger(__name__).debug("opset kept: %s", error)
         return model
     return converted
+
+
+def _align_slopes(model: ir.Model) -> None:
+    """Before opset 7 the slopes of PRelu lie along axis 1; no converter moves them there."""
+    found = [n for n in model.graph.all_nodes() if n.op_type == "PRelu" and not n.domain]
+    if model.graph.opset_imports[""] >= 7 or not found:
+        return
+    ir_passes.ShapeInferencePass()(model)
+    for node in found:
+        data, slope = node.inputs
+        assert data is not None and slope is not None and node.graph is not None  # noqa: PT018
+        if data.shape is None or slope.shape is None:
+            raise ValueError(f"PRelu {node.name!r} of unknown rank")
+        if len(slope.shape) == 1 and slope.shape[0] != 1 and len(data.shape) > 2:
+            axes = ir.AttrInt64s("axes", range(1, len(data.shape) - 1))
+            aligned = ir.Node("", "Unsqueeze", [slope], [axes])
+            aligned.outputs[0].name = f"{node.outputs[0].name}_slope"
+            node.graph.insert_before(node, aligned)
+            node.replace_input_with(1, aligned.outputs[0])
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
@@ -449,7 +260,7 @@ def _keep_source_paths(model: ir.Model) -> None:
     """Drop what exporters noted on nodes and values, except the module a node came from."""
     model.doc_string = None
     model.metadata_props.clear()
-    for graph in _graphs(model):
+    for graph in graphs_of(model):
         graph.doc_string = None
         graph.metadata_props.clear()
         for value in (*graph.inputs, *graph.initializers.values()):
@@ -551,42 +362,3 @@ def _check_ports(kind: str, values: Sequence[ir.Value], label: str) -> None:
             )
     if kind == "output" and not values:
         raise InputError(f"{label}: the model has no outputs; export it again.")
-
-
-# -- small helpers --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def quiet() -> Generator[None]:
-    """No log records and no warnings for the duration: exporters have much to say.
-
-    Several threads may be inside at once; the last to leave restores what the first found.
-    """
-    with _quiet_lock:
-        if not _quiet_before:
-            filters = warnings.catch_warnings()
-            filters.__enter__()
-            warnings.simplefilter("ignore")
-            _quiet_before.append((logging.root.manager.disable, filters))
-            logging.disable(logging.CRITICAL)
-        _quiet_depth.append(None)
-    try:
-        yield
-    finally:
-        with _quiet_lock:
-            _quiet_depth.pop()
-            if not _quiet_depth:
-                before, filters = _quiet_before.pop()
-                logging.disable(before)
-                filters.__exit__(None, None, None)
-
-
-_quiet_lock = threading.Lock()
-_quiet_depth: list[None] = []
-_quiet_before: list[tuple[int, warnings.catch_warnings[None]]] = []
-
-
-def _one_line(error: Exception) -> str:
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return " ".join(str(error).split())[:300]

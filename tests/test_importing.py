@@ -11,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from optcompiler.errors import InputError
-from optcompiler.importing import not_finite, program_from_onnx, source_path
+from optcompiler.importing import program_from_onnx, source_path
 from optcompiler.program import PASS_KEY, SOURCE_KEY, Program
+from optcompiler.reading import not_finite
 from tests.support import run_onnx
 
 MLP = """
@@ -398,3 +399,15 @@ def test_defaults_that_inference_over_a_function_body_misses_are_stated():
     )
     [node] = program.graph
     assert list(node.attributes["axes"].as_ints()) == [0, 2, 3]
+
+
+def test_slopes_of_prelu_before_opset_7_keep_to_the_channels():
+    program = program_from_onnx(
+        parser.parse_model("""
+            <ir_version: 3, opset_import: ["" : 6]>
+            g (float[1,3,2,2] x) => (float[1,3,2,2] y) <float[3] slope = {1, 2, 3}>
+            { y = PRelu (x, slope) }
+        """)
+    )
+    [got] = run_onnx(program, {"x": np.full((1, 3, 2, 2), -1, np.float32)})
+    np.testing.assert_array_equal(got[0, :, 0, 0], [-1, -2, -3])
