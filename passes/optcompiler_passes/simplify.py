@@ -11,7 +11,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from optcompiler.errors import Declined, VerificationError
-from optcompiler.program import Program, constant, node_fingerprint, static_shape, tensor_hash
+from optcompiler.program import (
+    FUSED_DOMAIN,
+    Program,
+    constant,
+    node_fingerprint,
+    static_shape,
+    tensor_hash,
+)
 from optcompiler.rewriting import Candidate, Decline, Pass, PassContext, Stage
 from optcompiler_passes._folding import QUANTIZATION, RANDOM, FoldingPolicy
 from optcompiler_passes._regions import is_constant, is_op, same_shape
@@ -113,13 +120,16 @@ def _round(program: Program, policy: FoldingPolicy) -> bool:
     model = program.model
     before = [node_fingerprint(n) for n in program.graph]
     limit = 1 << 62  # the policy has bounded the result before it is computed
-    fold_constants_ir(
-        model,
-        onnx_shape_inference=True,
-        input_size_limit=limit,
-        output_size_limit=limit,
-        should_fold=policy,
-    )
+    try:
+        fold_constants_ir(
+            model,
+            onnx_shape_inference=True,
+            input_size_limit=limit,
+            output_size_limit=limit,
+            should_fold=policy,
+        )
+    except RuntimeError as error:  # its evaluators of single operators have faults of their own
+        raise Declined(f"constant folding failed: {error.__cause__ or error}") from error
     RewritePass(_rules())(model)
     for node in list(program.all_nodes()):
         _without_identity(node)
@@ -357,7 +367,7 @@ def _share_small_constants(program: Program) -> None:
             continue
         if tensor.dtype.is_floating_point() and len(tensor.shape) > 0:
             continue
-        if any(n.op_type in QUANTIZATION for n, _ in value.uses()):
+        if any(n.op_type in QUANTIZATION or n.domain == FUSED_DOMAIN for n, _ in value.uses()):
             continue
         kept = seen.setdefault(tensor_hash(tensor), value)
         if kept is not value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.conformance.executor import Executor
+from tests.conformance.optimizer import Optimizer
 from tests.conformance.runner import Subject
 
-SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (Executor(),)}
+SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (Optimizer(), Executor())}
