@@ -28,8 +28,9 @@ _HEAVY = frozenset(
     }
 )  # fmt: skip
 _HEAVY_ELEMENTS = 1 << 16
-_NOT_EVALUATED = frozenset({"GatherElements"})
-"""Operators that ONNX's reference evaluator gets wrong; `simplify` computes them itself."""
+_NOT_EVALUATED = frozenset({"GatherElements", "GlobalMaxPool"})
+"""Operators that ONNX's reference evaluator gets wrong (the pooling with other than two spatial
+axes); `simplify` computes the first itself."""
 
 _DATA_DEPENDENT = frozenset({"Compress", "NonZero", "Unique"})
 
@@ -62,6 +63,8 @@ class FoldingPolicy:
         read = [v for v in node.inputs if v is not None and v.const_value is not None]
         elements = sum(v.const_value.size for v in read if v.const_value is not None)
         if node.op_type in _HEAVY and elements > _HEAVY_ELEMENTS:
+            return False
+        if output.dtype == ir.DataType.STRING:
             return False
         shape = static_shape(output)
         if shape is None or output.dtype is None:
