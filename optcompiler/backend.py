@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from optcompiler.errors import UnsupportedOperatorError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -27,7 +29,8 @@ class Capabilities:
     "contraction", "pointwise", "normalization", "softmax", "attention". `dynamic_shapes` says
     whether symbolic dimensions survive. `float_outputs` names those of `integer_ops` whose integer
     kernel may write float as well, so that their output need not be quantised; a target that fuses
-    "contraction" can do so for every contraction.
+    "contraction" can do so for every contraction. `any_port` says whether inputs and outputs may be
+    sequences, optionals and tensors of strings.
     """
 
     precisions: frozenset[str]
@@ -38,6 +41,23 @@ class Capabilities:
     fusions: frozenset[str] = frozenset()
     dynamic_shapes: bool = False
     float_outputs: frozenset[str] = frozenset()
+    any_port: bool = False
+
+
+def require_tensors(program: Program, backend: str) -> None:
+    """Raise `UnsupportedOperatorError` for an input or output that is no tensor of numbers."""
+    from optcompiler.program import port
+
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        found = port(value)
+        if found.kind == "tensor" and found.dtype != "STRING":
+            continue
+        node = value.producer() or next((n for n, _ in value.uses()), None)
+        of = "a graph output" if node is None else f"{node.op_type} of node {node.name!r}"
+        raise UnsupportedOperatorError(
+            f"operator {of} takes or gives {found}, for which {backend} has no form; "
+            f"choose a target that runs ONNX, or cut the model there."
+        )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optcompiler import artifact, device, finish, pipeline
+from optcompiler.backend import require_tensors
 from optcompiler.batching import Batched
 from optcompiler.binding import resolved
 from optcompiler.budget import Budget
@@ -114,6 +115,8 @@ class _Job:
         pricing = registry.cost_model(cost_model)
         imported = import_model(model, example_inputs, dynamic=dynamic)
         teacher, signature = imported.program, imported.signature
+        if not capabilities.any_port:
+            require_tensors(teacher, f"target {target}")
         batches = load_calibration(calibration, signature, note=progress.note)
         if precision not in ("auto", "fp32") and not batches:
             raise InputError(
@@ -189,7 +192,7 @@ class _Job:
 
     def _plan(self, clean: Program) -> tuple[Planner | None, Probe | None]:
         lossy = [p for p in self.passes if p.stage in (Stage.REDUCE, Stage.QUANTIZE)]
-        if not lossy:
+        if not lossy or not (self.batches or self._simulated()):
             return None, None
         batches = self.batches or [self.session.check]
         judge = judge_of(self.session, batches, self.damage)
@@ -197,6 +200,12 @@ class _Job:
         score = self._score if self.budget.metric else None
         planner = Planner(self.session, self.passes, self.budget, judge, quick, score)
         return planner, planner.plan(clean)
+
+    def _simulated(self) -> bool:
+        """Whether the FX executor, by which lossy rewrites are judged, runs the model."""
+        self.session.outputs(self.session.teacher)
+        tensors = all(p.kind == "tensor" for p in self.session.teacher.outputs)
+        return self.session.simulated and tensors
 
     def _score(self, program: Program) -> float:
         """The user's metric of a program, run by the FX executor."""
@@ -207,7 +216,7 @@ class _Job:
 
         def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
             with torch.no_grad():
-                tensors = [torch.from_numpy(np.ascontiguousarray(inputs[n])) for n in names]
+                tensors = [torch.from_numpy(np.asarray(inputs[n], order="C")) for n in names]
                 return [t.numpy() for t in module(*tensors)]
 
         return self._metric(run, self.signature)

@@ -146,7 +146,10 @@ def compare(session: Session, built: Built) -> None:
 
 def contiguous(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The batch as C-contiguous arrays."""
-    return {k: np.ascontiguousarray(v) for k, v in batch.items()}
+    return {
+        k: np.asarray(v, order="C") if isinstance(v, np.ndarray) else v  # pyright: ignore[reportUnnecessaryIsInstance]
+        for k, v in batch.items()
+    }
 
 
 def sample_of(session: Session) -> dict[str, np.ndarray]:

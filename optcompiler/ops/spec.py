@@ -185,10 +185,10 @@ def _text(value: Any) -> Any:
 
 
 def tensor_bytes(values: Sequence[ir.Value | None]) -> int:
-    """Bytes of the given values; a symbolic dimension counts as 1."""
+    """Bytes of the given values; a symbolic dimension counts as 1, strings as nothing."""
     total = 0
     for value in values:
-        if value is None or value.shape is None or value.dtype is None:
+        if value is None or value.shape is None or value.dtype in (None, ir.DataType.STRING):
             continue
         count = 1
         for dim in value.shape:

@@ -28,9 +28,9 @@ _HEAVY = frozenset(
     }
 )  # fmt: skip
 _HEAVY_ELEMENTS = 1 << 16
-_NOT_EVALUATED = frozenset({"GatherElements", "GlobalMaxPool"})
+_NOT_EVALUATED = frozenset({"GatherElements", "GlobalMaxPool", "LpNormalization"})
 """Operators that ONNX's reference evaluator gets wrong (the pooling with other than two spatial
-axes); `simplify` computes the first itself."""
+axes, the norm of order 1 with negative numbers); `simplify` computes the first itself."""
 
 _DATA_DEPENDENT = frozenset({"Compress", "NonZero", "Unique"})
 

@@ -392,7 +392,7 @@ def taylor_terms(
     module = to_torch(program, context.ops, extra_outputs=names)
     samples = 0
     for batch in context.progress.track(list(context.calibration), "taking gradients"):
-        inputs = [torch.from_numpy(np.ascontiguousarray(batch[p.name])) for p in program.inputs]
+        inputs = [torch.from_numpy(np.asarray(batch[p.name], order="C")) for p in program.inputs]
         results = module(*inputs)
         outputs = [o for o in results[: len(program.outputs)] if o.requires_grad]
         taken = dict(zip(names, results[len(program.outputs) :], strict=True))

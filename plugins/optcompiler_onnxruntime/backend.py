@@ -59,6 +59,7 @@ class OnnxRuntimeBackend(Backend):
             weight_dtype="INT8",
             per_channel=True,
             dynamic_shapes=True,
+            any_port=True,
             float_outputs=frozenset({"MatMul", "Gemm"}),
         )
 

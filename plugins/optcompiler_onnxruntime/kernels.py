@@ -316,6 +316,6 @@ def _dims(value: ir.Value | None) -> tuple[int, ...]:
 def _bytes(values: object) -> int:
     total = 0
     for value in values:  # type: ignore[attr-defined]
-        if value.dtype is not None:
+        if value.dtype not in (None, ir.DataType.STRING):
             total += int(prod(_dims(value)) * value.dtype.itemsize)
     return total
