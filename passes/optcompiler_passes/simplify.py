@@ -137,6 +137,7 @@ def _round(program: Program, policy: FoldingPolicy) -> bool:
         if node.graph is not None:
             _without_change_of_shape(node)
             _without_effect(node)
+            _without_scatter(node)
             _gathered_constant(program, node, policy)
             _as_one_transpose(program, node)
             _without_nan_guard(node)
@@ -158,7 +159,7 @@ def _rules() -> list[Any]:
         rules.min_max_rule, rules.max_min_rule, rules.min_min_rule, rules.max_max_rule,
         rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule,
         rules.materialize_reshape_shape_rule,
-        rules.no_op_static_scatter_nd_rule, rules.no_op_dynamic_scatter_nd_rule,
+        rules.no_op_dynamic_scatter_nd_rule,
         rules.remove_optional_bias_from_conv_rule,
         rules.remove_optional_bias_from_conv_transpose_rule,
         rules.remove_optional_bias_from_gemm_rule,
@@ -197,6 +198,19 @@ def _without_change_of_shape(node: ir.Node) -> None:
     data = node.inputs[0]
     if data is not None and static_shape(data) is not None and same_shape(data, node.outputs[0]):
         _bypass(node, data)
+
+
+def _without_scatter(node: ir.Node) -> None:
+    """ScatterND that overwrites every row of its data, in order."""
+    if not is_op(node, "ScatterND") or node.attributes.get_string("reduction", "none") != "none":
+        return
+    data, indices, updates = node.inputs
+    rows = constant(indices)
+    if data is None or updates is None or rows is None or not same_shape(data, updates):
+        return
+    shape = static_shape(data)
+    if shape and rows.shape == (shape[0], 1) and (rows[:, 0] == np.arange(shape[0])).all():
+        _bypass(node, updates)
 
 
 def _gathered_constant(program: Program, node: ir.Node, policy: FoldingPolicy) -> None:
@@ -358,6 +372,12 @@ def _combine(op_type: str, bounds: list[tuple[float, float]]) -> tuple[float, fl
     return (min(corners), max(corners))
 
 
+_OWN_PARAMETERS = QUANTIZATION | {
+    "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul",
+}  # fmt: skip
+"""Operators whose scales and zero points other passes look at one by one."""
+
+
 def _share_small_constants(program: Program) -> None:
     """Equal integer tensors and float scalars become one; weights and scales stay their own."""
     seen: dict[str, ir.Value] = {}
@@ -367,7 +387,7 @@ def _share_small_constants(program: Program) -> None:
             continue
         if tensor.dtype.is_floating_point() and len(tensor.shape) > 0:
             continue
-        if any(n.op_type in QUANTIZATION or n.domain == FUSED_DOMAIN for n, _ in value.uses()):
+        if any(n.op_type in _OWN_PARAMETERS or n.domain == FUSED_DOMAIN for n, _ in value.uses()):
             continue
         kept = seen.setdefault(tensor_hash(tensor), value)
         if kept is not value:
