@@ -20,6 +20,7 @@ from optcompiler.program import (
     tensor_hash,
 )
 from optcompiler.rewriting import Candidate, Decline, Pass, PassContext, Stage
+from optcompiler_passes._control import without_iterations
 from optcompiler_passes._folding import QUANTIZATION, RANDOM, FoldingPolicy
 from optcompiler_passes._regions import is_constant, is_op, same_shape
 
@@ -53,6 +54,8 @@ class Simplify(Pass):
        finite in the operand's type. A mask with -inf, or one that is a float input, keeps it.
     5. Equal nodes with equal operands become one. Nodes, initializers and functions that
        nothing uses are removed.
+    6. An If of a constant condition becomes its branch; a Loop that is known to run no iteration
+       gives back what went in. Other control flow, sequences and strings stay as they are.
 
     Inputs and outputs keep names, types and shapes; values and nodes that survive keep their names.
     Declines when nothing changes.
@@ -131,6 +134,8 @@ def _round(program: Program, policy: FoldingPolicy) -> bool:
     except RuntimeError as error:  # its evaluators of single operators have faults of their own
         raise Declined(f"constant folding failed: {error.__cause__ or error}") from error
     RewritePass(_rules())(model)
+    for node in list(program.all_nodes()):
+        without_iterations(program, node)
     for node in list(program.all_nodes()):
         _without_identity(node)
     for node in list(program.graph):

@@ -180,6 +180,96 @@ agraph (float[2, 3] x) => (float[2, 3] y) <bool yes = {1}> {
     assert op_types(after) == ["Relu", "Abs"]
 
 
+def test_branches_of_constant_conditions_may_nest_capture_and_return_what_is_outside():
+    after = simplified("""
+agraph (float[2] x) => (float[2] y, float[2] z)
+<bool yes = {1}, bool no = {0}, float[2] w = {1, 2}> {
+  a = Relu (x)
+  r, s, t = If (yes) <
+    then_branch = then_graph () => (float[2] i, float[2] j, float[2] k)
+    <float[2] own = {3, 4}> {
+      i = If (no) <
+        then_branch = inner_then () => (float[2] p) { p = Neg (a) },
+        else_branch = inner_else () => (float[2] q) { q = Add (a, w) }
+      >
+      j = Identity (a)
+      k = Mul (own, x)
+    },
+    else_branch = else_graph () => (float[2] l, float[2] m, float[2] n) {
+      l = Neg (x)  m = Neg (x)  n = Neg (x)
+    }
+  >
+  u = Sub (r, s)
+  y = Add (u, t)
+  z = Identity (a)
+}
+""")
+    assert sorted(op_types(after)) == ["Add", "Add", "Mul", "Relu", "Sub"]
+
+
+def test_an_unknown_condition_keeps_its_branches_apart():
+    before = program("""
+agraph (float[2] x, bool c) => (float[2] y) <float[2] w = {1, 2}> {
+  a = Relu (x)
+  y = If (c) <
+    then_branch = then_graph () => (float[2] t) { t = Identity (a) },
+    else_branch = else_graph () => (float[2] e) { b = Add (a, w)  e = Identity (b) }
+  >
+}
+""")
+    after, _ = apply_all(Simplify(), before)
+    assert op_types(after) == ["Relu", "If"]
+    for c in (True, False):
+        inputs = {"x": np.array([-1, 5], np.float32), "c": np.array(c)}
+        assert_close(run_onnx(after, inputs), run_onnx(before, inputs))
+
+
+@pytest.mark.parametrize(("trips", "keep"), [(0, 1), (3, 0)])
+def test_a_loop_of_no_iteration_gives_back_what_went_in(trips: int, keep: int):
+    after = simplified(f"""
+agraph (float[2] x) => (float[2] y, float[N, 2] z)
+<int64 trips = {{{trips}}}, bool keep = {{{keep}}}> {{
+  a = Relu (x)
+  b, z = Loop (trips, keep, a) <
+    body = body (int64 i, bool c, float[2] v) => (bool d, float[2] w, float[2] s) {{
+      d = Identity (c)  w = Neg (v)  s = Exp (v)
+    }}
+  >
+  y = Abs (b)
+}}
+""")
+    assert sorted(op_types(after)) == ["Abs", "Identity", "Relu"]
+
+
+def test_a_loop_that_runs_is_left_alone():
+    body = """
+agraph (float[2] x) => (float[2] y) <int64 trips = {2}, bool keep = {1}> {
+  y = Loop (trips, keep, x) <
+    body = body (int64 i, bool c, float[2] v) => (bool d, float[2] w) {
+      d = Identity (c)  w = Neg (v)
+    }
+  >
+}
+"""
+    assert proposals(Simplify(), program(body))[0] == []
+
+
+def test_outputs_of_a_body_stay_apart():
+    before = program("""
+agraph (float[2] s, float[3, 2] x) => (float[2] y, float[3, 2] z) {
+  y, z = Scan <num_scan_inputs = 1,
+    body = body (float[2] i, float[2] n) => (float[2] o, float[2] p) {
+      o = Add (i, n)  p = Identity (o)
+    }> (s, x)
+  unused = Relu (s)
+}
+""")
+    after, _ = apply_all(Simplify(), before)
+    [scan] = after.graph
+    names = [v.name for v in scan.attributes["body"].as_graph().outputs]
+    assert names == ["o", "p"]
+
+
 def test_quantisation_of_a_weight_is_not_folded():
     body = """
 agraph (float[2, 2] x) => (float[2, 2] y)
