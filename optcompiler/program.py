@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -120,7 +121,22 @@ class Program:
 
     def clone(self) -> Program:
         """An independent copy in time proportional to the nodes; weights are shared."""
-        return Program(self.model.clone())
+        twin = Program(self.model.clone())
+        twin._own_types()
+        return twin
+
+    def _own_types(self) -> None:
+        """Give every value a type object of its own: onnx_ir's clones share them, and assigning to
+        `value.dtype` writes into the type."""
+        bodies = [*self.model.graphs(), *(f.graph for f in self.functions.values())]
+        for graph in bodies:
+            made = (v for node in graph for v in node.outputs)
+            for value in (*graph.inputs, *graph.initializers.values(), *made):
+                known = value.type
+                if type(known) is ir.TensorType:
+                    value.type = ir.TensorType(known.dtype, denotation=known.denotation)
+                elif known is not None:
+                    value.type = copy.deepcopy(known)
 
     def inlined(self) -> Program:
         """A copy in which every model-local function is expanded."""
@@ -330,6 +346,13 @@ class Program:
         names = [n.name for n in self.graph]
         if len(set(names)) != len(names) or None in names or "" in names:
             raise VerificationError("nodes without a name, or two with the same name.")
+        for name, tensor in self.weights().items():
+            value = self.graph.initializers[name]
+            if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
+                raise VerificationError(
+                    f"initializer {name!r} is declared {value.dtype}{value.shape} but holds "
+                    f"{tensor.dtype}{tensor.shape}."
+                )
         try:
             onnx.checker.check_model(_stub_proto(self.model), full_check=True)
         except Exception as error:
