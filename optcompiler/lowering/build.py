@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from optcompiler.lowering.expressions import cast
+from optcompiler.lowering.expressions import REAL, cast
 from optcompiler.lowering.flatten import Flat, site_of
 from optcompiler.lowering.ir import (
     Buffer,
@@ -37,8 +37,6 @@ from optcompiler.lowering.ir import (
 
 LOOKAHEAD = 32
 """Pointwise nodes that a region may try to take in."""
-
-REAL = frozenset({"FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16"})
 
 
 def rewrite(expr: Expr, leaf: Callable[[Expr], Expr], memo: dict[int, Expr] | None = None) -> Expr:

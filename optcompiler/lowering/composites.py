@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import onnx_ir as ir
 
 from optcompiler.errors import UnsupportedOperatorError
 from optcompiler.lowering.build import map_views
 from optcompiler.lowering.core import Lowering, Rule
+from optcompiler.lowering.covered import repeats_elements
+from optcompiler.lowering.expand import Facts
 from optcompiler.lowering.expressions import call, cast
 from optcompiler.lowering.flatten import site_of
 from optcompiler.lowering.ir import (
@@ -25,30 +26,42 @@ from optcompiler.lowering.ir import (
     product,
     row_major,
 )
-from optcompiler.lowering.layout import not_constant
 from optcompiler.lowering.reductions import gather
 
 
+def wrapped(index: Expr, size: int) -> Expr:
+    """An index as INT64, a negative one counted from the end."""
+    index = cast(index, "INT64")
+    below = call("lt", index, Const("INT64", 0))
+    return call("where", below, call("add", index, Const("INT64", size)), index)
+
+
 def lower_gather_elements(low: Lowering, node: ir.Node) -> None:
-    """Places in the flattened data, then a gather along its only axis."""
     data, indices = node.inputs[0], node.inputs[1]
     assert data is not None
     assert indices is not None
-    shape, space = low.shape(data), low.shape(indices)
+    shape = low.shape(data)
     axis = int(low.flat.attributes(node).get("axis", 0)) % len(shape)
+    gather_along(
+        low, node, low.expr(data), shape, axis, low.expr(indices), low.shape(indices)
+    )  # fmt: skip
+
+
+def gather_along(
+    low: Lowering, node: ir.Node, data: Expr, shape: tuple[int, ...], axis: int, indices: Expr,
+    space: tuple[int, ...],
+) -> None:  # fmt: skip
+    """Places in the flattened data, then a gather along its only axis."""
     strides = row_major(shape)
-    copy = low.view(data, node)
-    flat = copy.reshape((product(shape),)) if copy.contiguous else None
+    copy = data.view if isinstance(data, Load) else None
+    flat = copy.reshape((product(shape),)) if copy is not None and copy.contiguous else None
     if flat is None:
-        copy = low.store_plain(Load(copy.dtype, copy), shape, strides, node)
+        copy = low.store_plain(data, shape, strides, node)
         flat = copy.reshape((product(shape),))
     assert flat is not None
 
     def places() -> View:
-        index = cast(low.expr(indices), "INT64")
-        below = call("lt", index, Const("INT64", 0))
-        index = call("where", below, call("add", index, Const("INT64", shape[axis])), index)
-        total = call("mul", index, Const("INT64", strides[axis]))
+        total = call("mul", wrapped(indices, shape[axis]), Const("INT64", strides[axis]))
         for other, stride in enumerate(strides):
             if other != axis and space[other] > 1:
                 step = call("mul", Index("INT64", other), Const("INT64", stride))
@@ -96,9 +109,10 @@ def lower_instance_norm(low: Lowering, node: ir.Node) -> None:
     for op, operand in zip(("mul", "add"), node.inputs[1:3], strict=True):
         assert operand is not None
         each = map_views(low.expr(operand), lambda v: (v.reshape(wide) or v).broadcast(shape))
-        start = call(op, start, each)
+        start = call(op, start, cast(each, "FLOAT"))
+    start = cast(start, low.flat.dtype(out))
     epsilon = low.flat.attributes(node).get("epsilon")
-    value = low.expr(x)
+    value = cast(low.expr(x), "FLOAT")
 
     def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
         view = low.destination(last, None)
@@ -115,18 +129,11 @@ def lower_resize(low: Lowering, node: ir.Node) -> None:
     """Enlarging by whole factors, each element repeated; the output as [H, fh, W, fw] blocks."""
     x, out = node.inputs[0], node.outputs[0]
     assert x is not None
-    attributes = low.flat.attributes(node)
     before, shape = low.shape(x), low.shape(out)
-    mode = (attributes.get("mode"), attributes.get("coordinate_transformation_mode"))
-    rounding = attributes.get("nearest_mode")
-    whole = all(b and s % b == 0 for s, b in zip(shape, before, strict=True))
-    same = (mode == ("nearest", "asymmetric") and rounding == "floor") or (
-        mode == ("nearest", "half_pixel") and rounding == "round_prefer_floor"
-    )
-    if not whole or not same:
+    if not repeats_elements(node, Facts(low.flat.shapes, low.flat.constants)):
         raise UnsupportedOperatorError(
-            f"Resize {site_of(node)!r}: mode {mode[0]!r} ({mode[1]}, {rounding}) from {before} to "
-            f"{shape} has no lowered form; enlarge by whole factors, nearest."
+            f"Resize {site_of(node)!r}: sizes and scales computed at run time have no lowered "
+            f"form; make them constants."
         )
     dense = low.destination(out, low.strides_like(low.expr(x), shape))
     space: list[int] = []
@@ -148,14 +155,12 @@ def lower_tile(low: Lowering, node: ir.Node) -> None:
     """The output as [repeats, size] blocks of every axis."""
     x, out = node.inputs[0], node.outputs[0]
     assert x is not None
-    repeats = low.array(node.inputs[1])
-    if repeats is None:
-        raise not_constant(node, "repeats")
+    repeats = [n // max(m, 1) for n, m in zip(low.shape(out), low.shape(x), strict=True)]
     dense = low.destination(out, None)
     space: list[int] = []
     strides: list[int] = []
-    for size, times, stride in zip(low.shape(x), np.ravel(repeats), dense.strides, strict=True):
-        space += [int(times), size]
+    for size, times, stride in zip(low.shape(x), repeats, dense.strides, strict=True):
+        space += [times, size]
         strides += [stride * size, stride]
 
     def spread(view: View) -> View:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from optcompiler.errors import UnsupportedOperatorError
 from optcompiler.lowering.build import (
     channels_last,
     is_channels_last,
@@ -17,8 +16,7 @@ from optcompiler.lowering.build import (
     view_array,
 )
 from optcompiler.lowering.core import Lowering, Rule
-from optcompiler.lowering.expressions import call, number
-from optcompiler.lowering.flatten import site_of
+from optcompiler.lowering.expressions import SMALL, call, cast, number
 from optcompiler.lowering.ir import (
     Accumulator,
     Const,
@@ -33,8 +31,12 @@ from optcompiler.lowering.ir import (
     product,
     row_major,
 )
+from optcompiler.lowering.reduce import emit_reduction
+from optcompiler.lowering.windows import convolve, window_pads
 
 INTEGERS = frozenset({"UINT8", "INT8"})
+FLOATS = SMALL | {"FLOAT"}
+"""Types whose products are computed in float32."""
 
 
 def quantised(expr: Expr, channel_axis: int | None) -> Operand | None:
@@ -92,12 +94,14 @@ def operands(
 
 def float_operand(low: Lowering, node: ir.Node, value: ir.Value, permute: bool = False) -> Operand:
     array = low.array(value)
-    view = low.constant(array, value.name or "") if array is not None else low.view(value, node)
-    if view.dtype != "FLOAT":
-        raise UnsupportedOperatorError(
-            f"{node.op_type} {site_of(node)!r}: {view.dtype} operands have no lowered form; "
-            f"convert the model to FLOAT."
-        )
+    if low.flat.dtype(value) in SMALL:
+        if array is not None:
+            view = low.constant(array.astype(np.float32), value.name or "")
+        else:
+            expr, shape = cast(low.expr(value), "FLOAT"), low.shape(value)
+            view = low.store_plain(expr, shape, low.strides_like(expr, shape), node)
+    else:
+        view = low.constant(array, value.name or "") if array is not None else low.view(value, node)
     return Operand(view.permute((1, 0)) if permute else view)
 
 
@@ -126,7 +130,9 @@ def bias_of(
     expr = low.expr(value)
     if a.quantization is None or b.quantization is None:
         array = low.array(value)
-        return (None, expr) if array is None else (spread(array, size), None)
+        if array is None:
+            return None, cast(expr, "FLOAT")
+        return spread(array, size).astype(np.float32, copy=False), None
     if isinstance(expr, Dequantize):
         integers = expr.arg
         scale, zero = _parameter(expr.scale, 0), _parameter(expr.zero_point, 0)
@@ -158,16 +164,11 @@ def lower_conv(low: Lowering, node: ir.Node) -> None:
     attributes = low.flat.attributes(node)
     shape = low.shape(out)
     rank = len(shape) - 2
-    if rank not in (1, 2):
-        raise UnsupportedOperatorError(
-            f"Conv {site_of(node)!r} has {rank} spatial dimensions; 1 and 2 have a lowered form."
-        )
+    dtype = low.flat.dtype(out)
+    if rank not in (1, 2) or low.array(w) is None or dtype not in FLOATS:
+        convolve(low, node)
+        return
     a, b = operands(low, node, x, w, 0)
-    if b.view.buffer.array is None:
-        raise UnsupportedOperatorError(
-            f"Conv {site_of(node)!r} has weights computed at run time; only constant ones have a "
-            f"lowered form."
-        )
     kernel = low.shape(w)[2:]
     strides = tuple(attributes.get("strides") or (1,) * rank)
     dilations = tuple(attributes.get("dilations") or (1,) * rank)
@@ -191,6 +192,7 @@ def lower_conv(low: Lowering, node: ir.Node) -> None:
         tall = (1, shape[1]) + (1,) * rank
         moved = map_views(bias_expr, lambda v: (v.reshape(tall) or v).broadcast(shape))
         epilogue = call("add", epilogue, moved)
+    epilogue = cast(epilogue, dtype)
 
     def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
         dtype = low.flat.dtype(last)
@@ -210,35 +212,14 @@ def lower_conv(low: Lowering, node: ir.Node) -> None:
     low.fused(node, epilogue, emit)
 
 
-def window_pads(
-    attributes: Mapping[str, object],
-    size: tuple[int, ...],
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
-    dilations: tuple[int, ...],
-) -> tuple[int, ...]:
-    """Padding as (begin..., end...), `auto_pad` resolved."""
-    rank = len(kernel)
-    mode = attributes.get("auto_pad") or "NOTSET"
-    if mode == "NOTSET":
-        given = attributes.get("pads")
-        return tuple(given) if given else (0,) * (2 * rank)  # type: ignore[arg-type]
-    if mode == "VALID":
-        return (0,) * (2 * rank)
-    begin, end = [0] * rank, [0] * rank
-    for i in range(rank):
-        steps = -(-size[i] // strides[i])
-        total = max((steps - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1 - size[i], 0)
-        begin[i] = total // 2 if mode == "SAME_UPPER" else total - total // 2
-        end[i] = total - begin[i]
-    return (*begin, *end)
-
-
 def lower_matmul(low: Lowering, node: ir.Node) -> None:
     x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
     assert x is not None
     assert w is not None
     shape = low.shape(out)
+    if low.flat.dtype(out) not in FLOATS:
+        multiply(low, node, low.expr(x), low.expr(w), Accumulator(low.flat.dtype(out)))
+        return
     a, b = operands(low, node, x, w, -1)
     va, vb = a.view, b.view
     if len(va.shape) == 1:
@@ -248,7 +229,43 @@ def lower_matmul(low: Lowering, node: ir.Node) -> None:
     batch = np.broadcast_shapes(va.shape[:-2], vb.shape[:-2])
     va, vb = va.broadcast((*batch, *va.shape[-2:])), vb.broadcast((*batch, *vb.shape[-2:]))
     a = adjacent(low, node, replace(a, view=va), -1)
-    finish_matmul(low, node, a, replace(b, view=vb), shape, None, Accumulator("FLOAT"))
+    start = cast(Accumulator("FLOAT"), low.flat.dtype(out))
+    finish_matmul(low, node, a, replace(b, view=vb), shape, None, start)
+
+
+def multiply(low: Lowering, node: ir.Node, a: Expr, b: Expr, start: Expr) -> None:
+    """A matrix product of any type, as a reduction of products."""
+    x, w = node.inputs[0], node.inputs[1]
+    assert x is not None
+    assert w is not None
+    left, right = low.shape(x), low.shape(w)
+    if low.flat.attributes(node).get("transA"):
+        a, left = map_views(a, lambda v: v.permute((1, 0))), left[::-1]
+    if low.flat.attributes(node).get("transB"):
+        b, right = map_views(b, lambda v: v.permute((1, 0))), right[::-1]
+    rows = left[-2] if len(left) > 1 else 1
+    columns = right[-1] if len(right) > 1 else 1
+    batch = np.broadcast_shapes(left[:-2], right[:-2])
+    space = (*batch, rows, columns, *left[-1:])
+
+    def across(view: View) -> View:
+        tall = replace(view, shape=(1, *view.shape), strides=(0, *view.strides))
+        tall = tall if len(view.shape) == 1 else view
+        wide = (*tall.shape[:-1], 1, tall.shape[-1])
+        strides = (*tall.strides[:-1], 0, tall.strides[-1])
+        return replace(view, shape=wide, strides=strides).broadcast(space)
+
+    def down(view: View) -> View:
+        tall = replace(view, shape=(*view.shape, 1), strides=(*view.strides, 0))
+        tall = tall if len(view.shape) == 1 else view
+        last = len(tall.shape) - 1
+        turned = tall.permute((*range(last - 1), last, last - 1))
+        wide = (*turned.shape[:-2], 1, *turned.shape[-2:])
+        strides = (*turned.strides[:-2], 0, *turned.strides[-2:])
+        return replace(turned, shape=wide, strides=strides).broadcast(space)
+
+    value = call("mul", map_views(a, across), map_views(b, down))
+    emit_reduction(low, node, start, "sum", space, (len(space) - 1,), value)
 
 
 def lower_gemm(low: Lowering, node: ir.Node) -> None:
@@ -257,6 +274,16 @@ def lower_gemm(low: Lowering, node: ir.Node) -> None:
     assert w is not None
     attributes = low.flat.attributes(node)
     shape = low.shape(out)
+    dtype = low.flat.dtype(out)
+    if dtype not in FLOATS:
+        start: Expr = Accumulator(dtype)
+        start = call("mul", number(attributes.get("alpha", 1.0), start), start)
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            more = low.expr(node.inputs[2], shape)
+            more = call("mul", number(attributes.get("beta", 1.0), more), more)
+            start = call("add", start, more)
+        multiply(low, node, low.expr(x), low.expr(w), start)
+        return
     a, b = operands(low, node, x, w, -1, permute_b=bool(attributes.get("transB")))
     if attributes.get("transA"):
         a = replace(a, view=a.view.permute((1, 0)))
@@ -274,12 +301,12 @@ def lower_gemm(low: Lowering, node: ir.Node) -> None:
             if vector is not None:
                 extra = map_views(vector, lambda v: v.broadcast(shape))
         else:
-            extra = low.expr(value, shape)
+            extra = cast(low.expr(value, shape), "FLOAT")
             if beta != 1.0:
                 extra = call("mul", number(beta, extra), extra)
     if extra is not None:
         epilogue = call("add", epilogue, extra)
-    finish_matmul(low, node, a, b, shape, bias, epilogue)
+    finish_matmul(low, node, a, b, shape, bias, cast(epilogue, dtype))
 
 
 def finish_matmul(

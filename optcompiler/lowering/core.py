@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ from optcompiler.lowering.build import (
     channels_last,
     map_views,
 )
-from optcompiler.lowering.expand import Decomposition
-from optcompiler.lowering.expressions import POINTWISE, call, cast, clip
+from optcompiler.lowering.covered import COVERED
+from optcompiler.lowering.expand import Decomposition, Facts
+from optcompiler.lowering.expressions import POINTWISE, REAL, SMALL, call, cast, clip
 from optcompiler.lowering.flatten import flatten, site_of
 from optcompiler.lowering.ir import (
+    Call,
     Const,
     Dequantize,
     Expr,
@@ -30,6 +32,11 @@ from optcompiler.lowering.ir import (
 from optcompiler.program import Program
 
 Rule = Callable[["Lowering", ir.Node], None]
+
+UNROUNDED = frozenset({
+    "QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Dropout", "BitCast",
+})  # fmt: skip
+"""Operators of small floats that are not arithmetic: the others compute in FLOAT and round."""
 
 IMAGE_OPS = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalAveragePool"})
 """Operators that read channels-last memory faster."""
@@ -49,9 +56,12 @@ class Lowering(Builder):
         super().__init__(flatten(program, values, self.has_rule, decompositions))
         self.done: set[ir.Node] = set()
 
-    def has_rule(self, node: ir.Node) -> bool:
+    def has_rule(self, node: ir.Node, facts: Facts) -> bool:
         """Whether the node is lowered as it is."""
-        return node.domain == "" and (node.op_type in self.rules or pointwise_op(node))
+        if node.domain != "" or not (node.op_type in self.rules or pointwise_op(node)):
+            return False
+        covered = COVERED.get(node.op_type)
+        return covered is None or covered(node, facts)
 
     def run(self) -> Lowered:
         for node in self.flat.nodes:
@@ -117,24 +127,42 @@ class Lowering(Builder):
         dtype = self.flat.dtype(node.outputs[0])
         first = args[0]
         assert first is not None
+        if dtype in SMALL and node.op_type not in UNROUNDED:
+            args = [a if a is None or a.dtype == "BOOL" else cast(a, "FLOAT") for a in args]
+            first = args[0]
+            assert first is not None
+            return cast(self._operation(node, args, attributes), dtype)
         match node.op_type:
             case "QuantizeLinear" | "DequantizeLinear":
                 scale, zero = self._quantisers(node, shape)
-                if node.op_type == "QuantizeLinear":
-                    return Quantize(dtype, cast(first, "FLOAT"), scale, zero)
-                return Dequantize("FLOAT", first, scale, zero)
+                scale = cast(scale, "FLOAT")
+                if node.op_type == "DequantizeLinear":
+                    return cast(Dequantize("FLOAT", first, scale, zero), dtype)
+                if dtype in REAL:
+                    levels = call("div", cast(first, "FLOAT"), scale)
+                    return cast(call("add", levels, cast(zero, "FLOAT")), dtype)
+                return Quantize(dtype, cast(first, "FLOAT"), scale, zero)
             case "Cast":
+                if not attributes.get("saturate", 1) and dtype.startswith("FLOAT8"):
+                    return Call(dtype, "open", (first,))
                 return cast(first, dtype)
+            case "BitCast":
+                return Call(dtype, "bits", (first,))
             case "Identity" | "Dropout":
                 return first
             case "BatchNormalization":
                 return self._batch_norm(node, first, shape, attributes)
-            case "Clip":
-                low, high = (*args[1:], None, None)[:2]
-                return clip(first, low, high)
             case _:
-                present = [a for a in args if a is not None]
-                return POINTWISE[node.op_type](present, attributes)
+                return self._operation(node, args, attributes)
+
+    def _operation(
+        self, node: ir.Node, args: Sequence[Expr | None], attributes: Mapping[str, Any]
+    ) -> Expr:
+        if node.op_type == "Clip":
+            assert args[0] is not None
+            low, high = (*args[1:], None, None)[:2]
+            return clip(args[0], low, high)
+        return POINTWISE[node.op_type]([a for a in args if a is not None], attributes)
 
     def _quantisers(self, node: ir.Node, shape: tuple[int, ...]) -> tuple[Expr, Expr]:
         attributes = self.flat.attributes(node)
@@ -147,9 +175,9 @@ class Lowering(Builder):
 
         def operand(value: ir.Value) -> Expr:
             size = self.shape(value)
-            if size in ((), (1,)):
-                return self.expr(value)
             expr = self.expr(value)
+            if size in ((), (1,)):
+                return map_views(expr, lambda v: (v.reshape(()) or v).broadcast(shape))
             where = axis % len(shape)
             wide = (1,) * where + size + (1,) * (len(shape) - where - 1)
             return map_views(expr, lambda v: (v.reshape(wide) or v).broadcast(shape))
@@ -186,10 +214,10 @@ def pointwise_op(node: ir.Node) -> bool:
     if node.domain != "":
         return False
     if node.op_type == "Dropout":
-        return len(node.outputs) == 1
+        return len(node.outputs) == 1 and (len(node.inputs) < 3 or node.inputs[2] is None)
     return node.op_type in POINTWISE or node.op_type in {
         "QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "BatchNormalization",
-        "Clip",
+        "Clip", "BitCast",
     }  # fmt: skip
 
 

@@ -167,6 +167,8 @@ def _schema_function(node: ir.Node, facts: Facts) -> Expansion | None:
     del body.output[len(outputs) :]
     body.domain, body.name = BODY_DOMAIN, node.op_type
     call.domain = BODY_DOMAIN
+    for attribute in [a for a in call.attribute if a.HasField("g") or a.graphs]:
+        call.attribute.remove(attribute)  # the body holds what it needs of them
     operators = {o.domain: o.version for o in body.opset_import}
     model = onnx.helper.make_model(
         onnx.helper.make_graph(

@@ -18,10 +18,23 @@ OPERATIONS: Mapping[str, int] = {
     "sigmoid": 1, "sin": 1, "cos": 1, "floor": 1, "ceil": 1, "round": 1, "reciprocal": 1,
     "isnan": 1, "isinf": 1, "eq": 2, "lt": 2, "le": 2, "gt": 2, "ge": 2,
     "and": 2, "or": 2, "xor": 2, "not": 1, "where": 3, "cast": 1,
+    "tan": 1, "asin": 1, "acos": 1, "atan": 1, "sinh": 1, "cosh": 1, "asinh": 1, "acosh": 1,
+    "atanh": 1, "band": 2, "bor": 2, "bxor": 2, "bnot": 1, "shl": 2, "shr": 2, "bits": 1, "open": 1,
 }  # fmt: skip
 """Arity by operation. "div" truncates and "mod" has the divisor's sign on integers; "round" rounds
 half to even; "min" and "max" of floats may return either operand when one is NaN; "where" takes
-(condition, then, else)."""
+(condition, then, else). "band" to "bnot" and the shifts work on the bits of integers, "bits" reads
+those of a value as a type of the same size; "open" is a cast to a float of 8 bits that does not end
+at its largest number."""
+
+REAL = frozenset({
+    "FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2",
+    "FLOAT8E5M2FNUZ", "FLOAT4E2M1",
+})  # fmt: skip
+"""Element types whose constants are floats."""
+
+SMALL = REAL - {"FLOAT", "DOUBLE"}
+"""Those that are for storage: they are computed with as FLOAT."""
 
 BOOLEAN = frozenset({"isnan", "isinf", "eq", "lt", "le", "gt", "ge", "and", "or", "xor", "not"})
 
@@ -39,8 +52,7 @@ def cast(arg: Expr, dtype: str) -> Expr:
 
 def number(value: float, like: Expr) -> Const:
     """A constant of the type of `like`."""
-    real = like.dtype in {"FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16"}
-    return Const(like.dtype, float(value) if real else int(value))
+    return Const(like.dtype, float(value) if like.dtype in REAL else int(value))
 
 
 def simple(op: str) -> Builder:
@@ -151,6 +163,19 @@ def modulo(args: Sequence[Expr], attributes: Mapping[str, Any]) -> Expr:
     return call("fmod" if attributes.get("fmod") else "mod", *args)
 
 
+def shift(args: Sequence[Expr], attributes: Mapping[str, Any]) -> Expr:
+    return call("shl" if attributes.get("direction") == "LEFT" else "shr", *args)
+
+
+def isinf(args: Sequence[Expr], attributes: Mapping[str, Any]) -> Expr:
+    x = args[0]
+    found: Expr = call("isinf", x)
+    for name, op in (("detect_negative", "gt"), ("detect_positive", "lt")):
+        if attributes.get(name) == 0:
+            found = call("and", found, call(op, x, number(0, x)))
+    return found
+
+
 def mean(args: Sequence[Expr], attributes: Mapping[str, Any]) -> Expr:
     total = variadic("add")(args, attributes)
     return call("mul", total, number(1 / len(args), total))
@@ -166,9 +191,14 @@ POINTWISE: Mapping[str, Builder] = {
     "Ceil": simple("ceil"), "Round": simple("round"), "Reciprocal": simple("reciprocal"),
     "Relu": relu, "Gelu": gelu, "LeakyRelu": leaky_relu, "PRelu": prelu,
     "Elu": elu, "Softplus": softplus, "HardSigmoid": hard_sigmoid, "HardSwish": hard_swish,
-    "Swish": swish, "Mish": mish, "IsNaN": simple("isnan"), "IsInf": simple("isinf"),
+    "Swish": swish, "Mish": mish, "IsNaN": simple("isnan"), "IsInf": isinf,
     "Equal": simple("eq"), "Less": simple("lt"), "LessOrEqual": simple("le"),
     "Greater": simple("gt"), "GreaterOrEqual": simple("ge"), "And": simple("and"),
     "Or": simple("or"), "Xor": simple("xor"), "Not": simple("not"), "Where": simple("where"),
+    "Tan": simple("tan"), "Asin": simple("asin"), "Acos": simple("acos"), "Atan": simple("atan"),
+    "Sinh": simple("sinh"), "Cosh": simple("cosh"), "Asinh": simple("asinh"),
+    "Acosh": simple("acosh"), "Atanh": simple("atanh"), "BitwiseAnd": simple("band"),
+    "BitwiseOr": simple("bor"), "BitwiseXor": simple("bxor"), "BitwiseNot": simple("bnot"),
+    "BitShift": shift,
 }  # fmt: skip
 """ONNX operator → expression of its inputs' expressions and its attributes (defaults filled in)."""

@@ -61,7 +61,7 @@ def site_of(node: ir.Node) -> str:
 def flatten(
     program: Program,
     values: bool = True,
-    has_rule: Callable[[ir.Node], bool] = lambda node: True,
+    has_rule: Callable[[ir.Node, Facts], bool] = lambda node, facts: True,
     decompositions: Mapping[str, Decomposition] = MappingProxyType({}),
 ) -> Flat:
     """Expand functions, fold constants, and check that every shape is static.
@@ -73,6 +73,8 @@ def flatten(
     `UnsupportedOperatorError` for a tensor type without a lowered form. Without `values`, quantised
     weights are zeros of the right type and shape: enough to say which kernels there are.
     """
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        _check_type(value, f"{'output' if value.is_graph_output() else 'input'} {value.name!r}")
     for port in program.inputs:
         if not port.static:
             names = [d for d in port.shape if not isinstance(d, int)]
@@ -94,7 +96,6 @@ def flatten(
             flat.constants[value] = value.const_value.numpy()
             flat.shapes[value] = flat.constants[value].shape
     for value in copy.graph.inputs:
-        _check_type(value, f"input {value.name!r}")
         flat.shapes[value] = shape = static_shape(value) or ()
         if 0 in shape and value.dtype is not None:
             flat.constants[value] = np.empty(shape, value.dtype.numpy())
@@ -107,7 +108,7 @@ def flatten(
         if _fold(node, flat, values):
             flat.shapes.update((v, flat.constants[v].shape) for v in node.outputs)
             continue
-        if not has_rule(node):
+        if not has_rule(node, facts):
             made = expansion(node, facts, decompositions)
             if made is not None:
                 todo.extendleft(reversed(splice(node, made)))

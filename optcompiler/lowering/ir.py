@@ -98,6 +98,8 @@ class View:
 
     def reshape(self, shape: tuple[int, ...]) -> View | None:
         """The same elements in C order under another shape, or None where strides cannot say it."""
+        if 0 in shape:
+            return replace(self, shape=shape, strides=row_major(shape))
         old = [(n, s) for n, s in zip(self.shape, self.strides, strict=True) if n != 1]
         strides: list[int] = []
         at, room, step = 0, 1, 0
@@ -412,12 +414,51 @@ class Gather(Step):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CumSum(Step):
-    """Running sum of `value` along `axis`; `value`'s space is `out.shape`."""
+    """Running sum or product of `value` along `axis`; `value`'s space is `out.shape`."""
 
     axis: int
     value: Expr
     exclusive: bool = False
     reverse: bool = False
+    op: Literal["sum", "prod"] = "sum"
+
+    def expressions(self) -> tuple[Expr, ...]:
+        return (self.value, self.epilogue)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scatter(Step):
+    """`out[place] = op(out[place], value)` for every index of `space`, in order.
+
+    `out` is contiguous and was written before; `place` is an INT64 into its flat elements, and one
+    outside of them is passed over. `op` is "none" (replace), "add", "mul", "min" or "max"; the
+    epilogue is the accumulator in the type of `out`.
+    """
+
+    op: str
+    space: tuple[int, ...]
+    place: Expr
+    value: Expr
+
+    def expressions(self) -> tuple[Expr, ...]:
+        return (self.place, self.value, self.epilogue)
+
+    def operand_views(self) -> tuple[View, ...]:
+        return (self.out,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TopK(Step):
+    """Indices along `axis` of the largest (or smallest) elements of `value`, best first, INT64.
+
+    Equal elements keep their order. `space` is the shape of `value`; along `axis`, `out` has the
+    number of indices.
+    """
+
+    space: tuple[int, ...]
+    axis: int
+    value: Expr
+    largest: bool
 
     def expressions(self) -> tuple[Expr, ...]:
         return (self.value, self.epilogue)
@@ -447,8 +488,10 @@ class Lowered:
 ITEM_SIZES = {
     "FLOAT": 4, "DOUBLE": 8, "FLOAT16": 2, "BFLOAT16": 2, "INT64": 8, "INT32": 4, "INT16": 2,
     "INT8": 1, "UINT8": 1, "BOOL": 1, "UINT16": 2, "UINT32": 4, "UINT64": 8,
+    "FLOAT8E4M3FN": 1, "FLOAT8E4M3FNUZ": 1, "FLOAT8E5M2": 1, "FLOAT8E5M2FNUZ": 1, "FLOAT4E2M1": 1,
+    "INT4": 1, "UINT4": 1, "INT2": 1, "UINT2": 1,
 }  # fmt: skip
-"""Bytes of one element by ONNX type name."""
+"""Bytes of one element by ONNX type name; elements of less than a byte take one each."""
 
 
 def itemsize(dtype: str) -> int:

@@ -15,8 +15,10 @@ from optcompiler.lowering.ir import (
     Normalization,
     Pooling,
     Reduction,
+    Scatter,
     Softmax,
     Step,
+    TopK,
     View,
     itemsize,
     operands_of,
@@ -87,7 +89,7 @@ def _work(step: Step) -> tuple[str, str, int, tuple[int, ...]]:
         case Loop():
             compute = any(isinstance(e, Call) or operands_of(e) for e in walk(step.epilogue))
             return "pointwise" if compute else "movement", _arithmetic(step), 0, step.out.shape
-        case Gather() | CumSum():
+        case Gather() | CumSum() | Scatter() | TopK():
             return "movement", _arithmetic(step), 0, step.out.shape
         case _:
             return "other", _arithmetic(step), 0, step.out.shape
@@ -99,7 +101,7 @@ def _arithmetic(step: Step) -> str:
 
 def _points(step: Step) -> int:
     match step:
-        case Reduction():
+        case Reduction() | Scatter() | TopK():
             return product(step.space)
         case Pooling():
             return step.out.elements * product(step.kernel)

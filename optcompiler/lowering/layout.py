@@ -12,7 +12,7 @@ from optcompiler.lowering.build import channels_last, map_views, reshaped
 from optcompiler.lowering.core import Lowering, Rule
 from optcompiler.lowering.expressions import call, number
 from optcompiler.lowering.flatten import site_of
-from optcompiler.lowering.ir import Call, Const, Index, Load, Loop, row_major
+from optcompiler.lowering.ir import Call, Const, Expr, Index, Load, Loop, row_major
 
 
 def lower_reshape(low: Lowering, node: ir.Node) -> None:
@@ -136,10 +136,14 @@ def lower_trilu(low: Lowering, node: ir.Node) -> None:
     source, out = node.inputs[0], node.outputs[0]
     assert source is not None
     shape = low.shape(out)
-    offset = low.array(node.inputs[1]) if len(node.inputs) > 1 else None
-    k = 0 if offset is None else int(offset.reshape(-1)[0])
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    k: Expr = Const("INT64", 0)
+    if given is not None:
+        single = reshaped(low.expr(given), ())
+        assert single is not None
+        k = map_views(single, lambda v: v.broadcast(shape))
     row, column = Index("INT64", len(shape) - 2), Index("INT64", len(shape) - 1)
-    edge = Call("INT64", "add", (row, Const("INT64", k)))
+    edge = Call("INT64", "add", (row, k))
     upper = bool(low.flat.attributes(node).get("upper", 1))
     keep = call("ge" if upper else "le", column, edge)
     expr = low.expr(source)

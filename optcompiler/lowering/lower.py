@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from optcompiler.lowering import arena
 from optcompiler.lowering.composites import COMPOSITES
 from optcompiler.lowering.contractions import CONTRACTIONS
 from optcompiler.lowering.core import Lowering
-from optcompiler.lowering.expand import Decomposition
+from optcompiler.lowering.decompose import DECOMPOSITIONS
+from optcompiler.lowering.indexed import INDEXED
 from optcompiler.lowering.ir import Lowered
 from optcompiler.lowering.layout import LAYOUT
 from optcompiler.lowering.reductions import REDUCTIONS
 from optcompiler.program import Program
 
-RULES = {**LAYOUT, **CONTRACTIONS, **REDUCTIONS, **COMPOSITES}
+RULES = {**LAYOUT, **CONTRACTIONS, **REDUCTIONS, **COMPOSITES, **INDEXED}
 """What is not pointwise: operator → how it is lowered."""
-
-DECOMPOSITIONS: Mapping[str, Decomposition] = {}
-"""Operators written with others: operator → what takes its place."""
 
 
 def lower(program: Program, *, plan: bool = True, values: bool = True) -> Lowered:

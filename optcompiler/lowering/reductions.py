@@ -16,9 +16,9 @@ from optcompiler.lowering.build import (
     map_views,
     reshaped,
 )
-from optcompiler.lowering.contractions import quantised, window_pads
+from optcompiler.lowering.contractions import quantised
 from optcompiler.lowering.core import Lowering, Rule
-from optcompiler.lowering.expressions import call, number
+from optcompiler.lowering.expressions import SMALL, call, cast, number
 from optcompiler.lowering.flatten import site_of
 from optcompiler.lowering.ir import (
     Accumulator,
@@ -30,13 +30,14 @@ from optcompiler.lowering.ir import (
     Normalization,
     Pooling,
     Quantization,
-    Reduction,
     Softmax,
     View,
     product,
     row_major,
 )
 from optcompiler.lowering.layout import not_constant
+from optcompiler.lowering.reduce import emit_reduction
+from optcompiler.lowering.windows import pool, window_pads
 
 REDUCE = {
     "ReduceSum": "sum", "ReduceMean": "mean", "ReduceMax": "max", "ReduceMin": "min",
@@ -52,47 +53,39 @@ def lower_reduce(low: Lowering, node: ir.Node) -> None:
     given = attributes.get("axes")
     if len(node.inputs) > 1 and node.inputs[1] is not None:
         array = low.array(node.inputs[1])
-        if array is None:
-            raise not_constant(node, "axes")
-        given = array.tolist()
+        given = _declared_axes(low, node) if array is None else array.tolist()
     if not given and attributes.get("noop_with_empty_axes"):
         low.exprs[out] = low.expr(x)
         return
     axes = tuple(sorted(int(a) % len(space) for a in given)) if given else tuple(range(len(space)))
+    if any(a not in range(-len(space), len(space)) for a in given or ()):
+        raise UnsupportedOperatorError(
+            f"{node.op_type} {site_of(node)!r}: axes {given} of a tensor of rank {len(space)}."
+        )
     reduce(low, node, REDUCE[node.op_type], axes)
+
+
+def _declared_axes(low: Lowering, node: ir.Node) -> list[int]:
+    """Axes known only when it runs, from the shape that the model gives the output."""
+    assert node.inputs[0] is not None
+    space, shape = low.shape(node.inputs[0]), low.shape(node.outputs[0])
+    axes = [i for i, (n, m) in enumerate(zip(space, shape, strict=False)) if n != m]
+    if len(space) != len(shape) or low.flat.attributes(node).get("noop_with_empty_axes"):
+        raise not_constant(node, "axes")
+    return axes or [i for i, n in enumerate(space) if n == 1]
 
 
 def reduce(low: Lowering, node: ir.Node, op: str, axes: tuple[int, ...]) -> None:
     x = node.inputs[0]
     assert x is not None
-    space = low.shape(x)
-    kept = tuple(1 if i in axes else n for i, n in enumerate(space))
+    dtype = low.flat.dtype(node.outputs[0])
     value = low.expr(x)
+    if dtype in SMALL:
+        value = cast(value, "FLOAT")
     start: Expr = Accumulator(value.dtype)
     if node.op_type == "ReduceL2":
         start = call("sqrt", start)
-
-    def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
-        dense = low.destination(last, None)
-        view, epilogue = dense.reshape(kept), reshaped(expr, kept)
-        if view is None or epilogue is None:
-            raise UnsupportedOperatorError(
-                f"{node.op_type} {site_of(node)!r}: what follows it cannot be fused; "
-                f"run the clean-up passes first."
-            )
-        low.emit(
-            Reduction,
-            nodes,
-            out=view,
-            epilogue=epilogue,
-            op=op,
-            space=space,
-            axes=axes,
-            value=value,
-        )
-        low.exprs[last] = Load(dense.dtype, dense)
-
-    low.fused(node, start, emit)
+    emit_reduction(low, node, cast(start, dtype), op, low.shape(x), axes, value)
 
 
 def lower_global_pool(low: Lowering, node: ir.Node) -> None:
@@ -104,7 +97,8 @@ def lower_global_pool(low: Lowering, node: ir.Node) -> None:
 def lower_softmax(low: Lowering, node: ir.Node) -> None:
     x, out = node.inputs[0], node.outputs[0]
     assert x is not None
-    value = low.expr(x)
+    dtype = low.flat.dtype(out)
+    value = cast(low.expr(x), "FLOAT")
     axis = low.flat.attributes(node).get("axis", -1) % len(low.shape(out))
     log = node.op_type == "LogSoftmax"
 
@@ -113,17 +107,12 @@ def lower_softmax(low: Lowering, node: ir.Node) -> None:
         low.emit(Softmax, nodes, out=view, epilogue=expr, axis=axis, value=value, log=log)
         low.exprs[last] = Load(view.dtype, view)
 
-    low.fused(node, Accumulator("FLOAT"), emit)
+    low.fused(node, cast(Accumulator("FLOAT"), dtype), emit)
 
 
 def lower_normalization(low: Lowering, node: ir.Node) -> None:
     x, out = node.inputs[0], node.outputs[0]
     assert x is not None
-    if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
-        raise UnsupportedOperatorError(
-            f"{node.op_type} {site_of(node)!r}: its Mean and InvStdDev outputs have no lowered "
-            f"form; compute them with ReduceMean."
-        )
     attributes = low.flat.attributes(node)
     shape = low.shape(out)
     axis = attributes.get("axis", -1) % len(shape)
@@ -131,8 +120,9 @@ def lower_normalization(low: Lowering, node: ir.Node) -> None:
     start: Expr = Accumulator("FLOAT")
     for op, operand in zip(("mul", "add"), node.inputs[1:3], strict=False):
         if operand is not None:
-            start = call(op, start, low.expr(operand, shape))
-    value, rms = low.expr(x), node.op_type == "RMSNormalization"
+            start = call(op, start, cast(low.expr(operand, shape), "FLOAT"))
+    start = cast(start, low.flat.dtype(out))
+    value, rms = cast(low.expr(x), "FLOAT"), node.op_type == "RMSNormalization"
 
     def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
         view = low.destination(last, None)
@@ -151,11 +141,13 @@ def lower_pool(low: Lowering, node: ir.Node) -> None:
     attributes = low.flat.attributes(node)
     shape = low.shape(out)
     rank = len(shape) - 2
-    if rank not in (1, 2) or len([v for v in node.outputs if v.uses()]) > 1:
-        raise UnsupportedOperatorError(
-            f"{node.op_type} {site_of(node)!r}: only 1-D and 2-D pooling without indices has a "
-            f"lowered form."
-        )
+    indices = any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
+    kinds = {"FLOAT"} if node.op_type == "AveragePool" else {"FLOAT", "UINT8", "INT8"}
+    if node.op_type == "LpPool" or rank not in (1, 2) or indices or x.dtype is None or (
+        x.dtype.name not in kinds
+    ):  # fmt: skip
+        pool(low, node)
+        return
     kernel = tuple(attributes["kernel_shape"])
     strides = tuple(attributes.get("strides") or (1,) * rank)
     dilations = tuple(attributes.get("dilations") or (1,) * rank)
@@ -301,20 +293,24 @@ def lower_cumsum(low: Lowering, node: ir.Node) -> None:
     x, out = node.inputs[0], node.outputs[0]
     assert x is not None
     array = low.array(node.inputs[1])
-    if array is None:
+    if array is None and len(low.shape(out)) > 1:
         raise not_constant(node, "axis")
-    axis = int(array.reshape(-1)[0]) % len(low.shape(out))
+    axis = 0 if array is None else int(array.reshape(-1)[0]) % len(low.shape(out))
     attributes, value = low.flat.attributes(node), low.expr(x)
+    dtype = value.dtype
+    if dtype in SMALL:
+        value = cast(value, "FLOAT")
 
     def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
         view = low.destination(last, None)
         low.emit(
             CumSum, nodes, out=view, epilogue=expr, axis=axis, value=value,
             exclusive=bool(attributes.get("exclusive")), reverse=bool(attributes.get("reverse")),
+            op="prod" if node.op_type == "CumProd" else "sum",
         )  # fmt: skip
         low.exprs[last] = Load(view.dtype, view)
 
-    low.fused(node, Accumulator(value.dtype), emit)
+    low.fused(node, cast(Accumulator(value.dtype), dtype), emit)
 
 
 REDUCTIONS: Mapping[str, Rule] = {
@@ -324,4 +320,5 @@ REDUCTIONS: Mapping[str, Rule] = {
     "LayerNormalization": lower_normalization, "RMSNormalization": lower_normalization,
     "MaxPool": lower_pool, "AveragePool": lower_pool,
     "Gather": lower_gather, "GatherND": lower_gather_nd, "CumSum": lower_cumsum,
+    "CumProd": lower_cumsum, "LpPool": lower_pool,
 }  # fmt: skip

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from optcompiler.lowering.ir import Buffer, View
-from optcompiler_cpu.expressions import Params, c_type
+from optcompiler_cpu.expressions import Params
+from optcompiler_cpu.scalars import stored_type
 
 
 @dataclass(eq=False)
@@ -53,7 +54,7 @@ class Pointers:
         known = self._buffers.get(view.buffer.index)
         if known is None:
             name = f"b{len(self._buffers)}"
-            known = Pointer(name, c_type(view.buffer.dtype), buffer=view.buffer)
+            known = Pointer(name, stored_type(view.buffer.dtype), buffer=view.buffer)
             self._buffers[view.buffer.index] = known
             self.items.append(known)
         known.written = known.written or written

@@ -1,11 +1,10 @@
-"""Expressions as C: a vector printer over `runtime/simd.h`, and a scalar one for every type."""
+"""Expressions as C on vectors, over `runtime/simd.h`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from optcompiler.errors import UnsupportedOperatorError
 from optcompiler.lowering.ir import (
     Accumulator,
     Call,
@@ -18,13 +17,8 @@ from optcompiler.lowering.ir import (
     View,
     walk,
 )
+from optcompiler_cpu.scalars import LIMITS
 
-C_TYPES = {
-    "FLOAT": "float", "DOUBLE": "double", "INT64": "int64_t", "INT32": "int32_t",
-    "INT16": "int16_t", "INT8": "int8_t", "UINT8": "uint8_t", "BOOL": "uint8_t",
-    "UINT16": "uint16_t", "UINT32": "uint32_t", "UINT64": "uint64_t",
-}  # fmt: skip
-LIMITS = {"UINT8": (0, 255), "INT8": (-128, 127), "INT16": (-32768, 32767), "UINT16": (0, 65535)}
 NARROW = frozenset({"UINT8", "INT8", "INT32"})
 FLOAT_OPS = frozenset({
     "add", "sub", "mul", "div", "pow", "min", "max", "neg", "abs", "sign", "sqrt", "exp", "log",
@@ -33,15 +27,6 @@ FLOAT_OPS = frozenset({
 })  # fmt: skip
 PLAIN = (0.0, 1.0, -1.0, 0.5, 2.0)
 """Constants that stay in the code; others are parameters, so that like kernels share code."""
-
-
-def c_type(dtype: str) -> str:
-    try:
-        return C_TYPES[dtype]
-    except KeyError:
-        raise UnsupportedOperatorError(
-            f"target cpu has no C type for {dtype} tensors; cast them to FLOAT."
-        ) from None
 
 
 @dataclass
@@ -285,125 +270,3 @@ class VectorPrinter:
 
 def kind_of(dtype: str) -> str:
     return {"FLOAT": "vf", "BOOL": "vm"}.get(dtype, "vi")
-
-
-class ScalarPrinter:
-    """Prints an expression as C statements on single elements, in any type.
-
-    `element` spells a load as an lvalue, `index` an axis of the space.
-    """
-
-    def __init__(
-        self, element: Callable[[View], str], index: Callable[[int], str], accumulator: str = ""
-    ) -> None:
-        self.element = element
-        self.index = index
-        self.accumulator = accumulator
-        self.lines: list[str] = []
-        self._memo: dict[int, str] = {}
-
-    def print(self, expr: Expr) -> str:
-        known = self._memo.get(id(expr))
-        if known is None:
-            known = f"t{len(self._memo)}"
-            text = self._spell(expr)
-            known = f"t{len(self._memo)}"
-            self.lines.append(f"const {c_type(expr.dtype)} {known} = {text};")
-            self._memo[id(expr)] = known
-        return known
-
-    def _spell(self, expr: Expr) -> str:
-        match expr:
-            case Accumulator():
-                return self.accumulator
-            case Const():
-                return literal(expr)
-            case Load():
-                return self.element(expr.view)
-            case Index():
-                return self.index(expr.axis)
-            case Dequantize():
-                q, s, z = self.print(expr.arg), self.print(expr.scale), self.print(expr.zero_point)
-                return f"(float)((int64_t){q} - (int64_t){z}) * {s}"
-            case Quantize():
-                x, z = self.print(expr.arg), self.print(expr.zero_point)
-                if isinstance(expr.scale, Const):
-                    text = f"{x} * {(1 / expr.scale.value).hex()}f"
-                else:
-                    text = f"{x} / {self.print(expr.scale)}"
-                low, high = LIMITS[expr.dtype]
-                total = f"nearbyintf({text}) + (float){z}"
-                return f"({c_type(expr.dtype)})fminf(fmaxf({total}, {low}.0f), {high}.0f)"
-            case Call():
-                return self._call(expr)
-            case _:
-                raise AssertionError(expr)
-
-    def _call(self, expr: Call) -> str:
-        a = [self.print(arg) for arg in expr.args]
-        dtype = expr.args[-1].dtype
-        real = dtype in {"FLOAT", "DOUBLE"}
-        f = "f" if dtype == "FLOAT" else ""
-        infix = {
-            "add": "+", "sub": "-", "mul": "*", "eq": "==", "lt": "<", "le": "<=", "gt": ">",
-            "ge": ">=", "and": "&", "or": "|", "xor": "^",
-        }  # fmt: skip
-        if expr.op in infix:
-            return f"({c_type(expr.dtype)})({a[0]} {infix[expr.op]} {a[1]})"
-        match expr.op:
-            case "cast":
-                if expr.dtype == "BOOL":
-                    return f"{a[0]} != 0"
-                return f"({c_type(expr.dtype)}){a[0]}"
-            case "not":
-                return f"!{a[0]}"
-            case "where":
-                return f"{a[0]} ? {a[1]} : {a[2]}"
-            case "div":
-                return f"{a[0]} / {a[1]}" if real else f"{a[1]} == 0 ? 0 : {a[0]} / {a[1]}"
-            case "min" | "max":
-                sign = "<" if expr.op == "min" else ">"
-                return f"{a[0]} {sign} {a[1]} ? {a[0]} : {a[1]}"
-            case "mod" if not real:
-                return f"{a[1]} == 0 ? 0 : ({a[0]} % {a[1]} + {a[1]}) % {a[1]}"
-            case "mod":
-                return f"{a[0]} - floor{f}({a[0]} / {a[1]}) * {a[1]}"
-            case "fmod":
-                return f"fmod{f}({a[0]}, {a[1]})" if real else f"{a[1]} == 0 ? 0 : {a[0]} % {a[1]}"
-            case "neg":
-                return f"({c_type(dtype)})-{a[0]}"
-            case "abs":
-                return (
-                    f"fabs{f}({a[0]})"
-                    if real
-                    else f"({c_type(dtype)})({a[0]} < 0 ? -{a[0]} : {a[0]})"
-                )
-            case "sign":
-                return f"({c_type(dtype)})(({a[0]} > 0) - ({a[0]} < 0))"
-            case "reciprocal":
-                return f"1 / {a[0]}"
-            case "sigmoid":
-                return f"1 / (1 + exp{f}(-{a[0]}))"
-            case "round":
-                return f"nearbyint{f}({a[0]})"
-            case "isnan" | "isinf":
-                return f"{expr.op}({a[0]}) != 0" if real else "0"
-            case "pow" if not real:
-                return f"({c_type(dtype)})pow((double){a[0]}, (double){a[1]})"
-            case _:
-                return f"{expr.op}{f}({', '.join(a)})"
-
-
-def literal(expr: Const) -> str:
-    """A constant in C, exact."""
-    if expr.dtype in {"FLOAT", "DOUBLE"}:
-        value = float(expr.value)
-        if value != value:
-            return "NAN"
-        if value in (float("inf"), float("-inf")):
-            return "INFINITY" if value > 0 else "-INFINITY"
-        return value.hex() + ("f" if expr.dtype == "FLOAT" else "")
-    value = int(expr.value)
-    if value == -(1 << 63):
-        return "INT64_MIN"
-    return f"{value}" + ("LL" if expr.dtype == "INT64" else "U" if value > 0x7FFFFFFF else "")

@@ -236,7 +236,7 @@ def change_views(step: Step, change: Callable[[View], View]) -> Step:
         "out": change(step.out),
         "epilogue": map_views(step.epilogue, change),
     }
-    for name in ("value", "a", "b", "source", "data", "indices"):
+    for name in ("value", "a", "b", "source", "data", "indices", "place"):
         part = getattr(step, name, None)
         if isinstance(part, Expr):
             changes[name] = map_views(part, change)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optcompiler.lowering.ir import Const, CumSum, Gather, Loop, View
 from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
-from optcompiler_cpu.expressions import ScalarPrinter, VectorPrinter, c_type, vectorisable
+from optcompiler_cpu.expressions import VectorPrinter, vectorisable
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.legalize import Halo
 from optcompiler_cpu.nest import (
@@ -17,6 +17,7 @@ from optcompiler_cpu.nest import (
     placer,
     vector_loop,
 )
+from optcompiler_cpu.scalars import ScalarPrinter, c_type, loaded, stored, stored_type
 
 HEADER = "void @(int part, int parts, char *const *q, char *scratch)"
 
@@ -73,7 +74,7 @@ def _lane(nest: Nest, views: list[View], isa: Isa) -> int:
     return best if order(best)[0] else last
 
 
-def _element(pointers: Pointers, nest: Nest, view: View, written: bool = False) -> str:
+def element(pointers: Pointers, nest: Nest, view: View, written: bool = False) -> str:
     names = [f"i{d}" for d in range(len(nest.sizes))]
     base = pointers.view(view, written)
     return f"{base}[{linear(names, nest.strides(view), view.offset)}]"
@@ -82,16 +83,18 @@ def _element(pointers: Pointers, nest: Nest, view: View, written: bool = False) 
 def _scalar_loop(step: Loop, views: list[View], parallel: bool) -> KernelCode:
     nest = nest_of(step.out.shape, views, step.out, keep=has_index(step.epilogue))
     pointers = Pointers()
-    target = _element(pointers, nest, step.out, written=True)
+    target = element(pointers, nest, step.out, written=True)
     printer = scalar_printer(pointers, nest)
     name = printer.print(step.epilogue)
-    lines = outer_loops(nest, [], [*printer.lines, f"{target} = {name};"], parallel)
+    lines = outer_loops(
+        nest, [], [*printer.lines, f"{target} = {stored(step.out.dtype, name)};"], parallel
+    )
     return function(pointers, lines, parallel)
 
 
 def scalar_printer(pointers: Pointers, nest: Nest, accumulator: str = "") -> ScalarPrinter:
     return ScalarPrinter(
-        lambda view: _element(pointers, nest, view), lambda axis: f"i{axis}", accumulator
+        lambda view: element(pointers, nest, view), lambda axis: f"i{axis}", accumulator
     )
 
 
@@ -117,11 +120,11 @@ def print_gather(step: Gather, isa: Isa) -> KernelCode:
     parallel = step.out.elements >= SERIAL_ELEMENTS
     simple = vectorisable(step.epilogue) and step.data.dtype == "FLOAT" and bool(after)
     if not simple:
-        text = f"({start})[{linear(after, tail)}]"
+        text = loaded(step.data.dtype, f"({start})[{linear(after, tail)}]")
         printer = scalar_printer(pointers, nest, text)
         name = printer.print(step.epilogue)
-        target = _element(pointers, nest, step.out, written=True)
-        body = [*found, *printer.lines, f"{target} = {name};"]
+        target = element(pointers, nest, step.out, written=True)
+        body = [*found, *printer.lines, f"{target} = {stored(step.out.dtype, name)};"]
         return function(pointers, outer_loops(nest, [], body, parallel), parallel)
     lane = rank - 1
     place = placer(pointers, nest, lane)
@@ -144,18 +147,24 @@ def print_gather(step: Gather, isa: Isa) -> KernelCode:
 def print_cumsum(step: CumSum, isa: Isa) -> KernelCode:
     nest = nest_of(step.out.shape, [step.out], step.out, keep=True)
     pointers = Pointers()
-    target = _element(pointers, nest, step.out, written=True)
+    target = element(pointers, nest, step.out, written=True)
     value = scalar_printer(pointers, nest)
     name = value.print(step.value)
     after = scalar_printer(pointers, nest, "total")
     size, axis = step.out.shape[step.axis], step.axis
     result = after.print(step.epilogue)
-    add = [f"total += {name};"]
-    use = ["{", *(f"  {x}" for x in after.lines), f"  {target} = {result};", "}"]
+    product = step.op == "prod"
+    add = [f"total {'*' if product else '+'}= {name};"]
+    use = [
+        "{",
+        *(f"  {x}" for x in after.lines),
+        f"  {target} = {stored(step.out.dtype, result)};",
+        "}",
+    ]
     body = [*value.lines, *(use + add if step.exclusive else add + use)]
     position = f"{size - 1} - at" if step.reverse else "at"
     lines = [
-        f"{c_type(step.value.dtype)} total = 0;",
+        f"{c_type(step.value.dtype)} total = {int(product)};",
         f"for (long at = 0; at < {size}; ++at) {{",
         f"  const long i{axis} = {position};",
         *(f"  {x}" for x in body),
@@ -170,7 +179,7 @@ def print_halo(step: Halo, isa: Isa) -> KernelCode:
     top, left, bottom, right = step.pads
     pointers = Pointers()
     out = pointers.view(step.out, written=True)
-    ctype = c_type(step.out.dtype)
+    ctype = stored_type(step.out.dtype)
     assert isinstance(step.epilogue, Const)
     params = pointers.params
     value = f"({ctype}){params.add(float(step.epilogue.value))}"

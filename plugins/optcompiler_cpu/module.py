@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,13 +24,15 @@ from optcompiler.lowering.ir import (
     Pooling,
     PortBuffer,
     Reduction,
+    Scatter,
     Softmax,
     Step,
+    TopK,
 )
 from optcompiler_cpu.code import KernelCode, Pointer
 from optcompiler_cpu.contraction import print_contraction, print_tile
 from optcompiler_cpu.depthwise import is_direct, print_depthwise
-from optcompiler_cpu.expressions import C_TYPES
+from optcompiler_cpu.indexed import print_scatter, print_top_k
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.legalize import Halo
 from optcompiler_cpu.loops import print_cumsum, print_gather, print_halo, print_loop
@@ -39,8 +42,13 @@ from optcompiler_cpu.rows import (
     print_reduction,
     print_softmax,
 )
+from optcompiler_cpu.scalars import C_TYPES
+from optcompiler_cpu.winograd import is_winograd, print_winograd
 
 ALIGNMENT = 64
+SCALAR_HELPERS = re.compile(r"\boc_[a-z]+_[A-Z]")
+"""Names of `runtime/scalar.h`."""
+
 UNIT_BYTES = 40_000
 """C text per translation unit, roughly."""
 
@@ -48,6 +56,8 @@ UNIT_BYTES = 40_000
 def _contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
     if isinstance(step, Conv) and is_direct(step):
         return print_depthwise(step, isa)
+    if isinstance(step, Conv) and is_winograd(step, isa):
+        return print_winograd(step, isa)
     return print_contraction(step, isa)
 
 
@@ -55,6 +65,7 @@ PRINTERS: Mapping[type[Step], Callable[[Any, Isa], KernelCode]] = {
     Loop: print_loop, Conv: _contraction, MatMul: _contraction, Gather: print_gather,
     CumSum: print_cumsum, Halo: print_halo, Softmax: print_softmax,
     Normalization: print_normalization, Reduction: print_reduction, Pooling: print_pooling,
+    Scatter: print_scatter, TopK: print_top_k,
 }  # fmt: skip
 
 
@@ -119,9 +130,15 @@ def print_module(lowered: Lowered, isa: Isa) -> Module:
         "kernels.h": _kernels_header(names, tiles),
     }
     for i, unit in enumerate(_units(names, tiles)):
-        sources[f"kernels_{i}.c"] = "\n".join(
-            ['#include "kernels.h"', '#include "simd.h"\n', *unit]
-        )
+        headers = ["kernels.h", "simd.h"]
+        if any(SCALAR_HELPERS.search(text) for text in unit):
+            headers.append("scalar.h")
+            sources["scalar.h"] = (runtime / "scalar.h").read_text()
+        if any("winograd_" in text for text in unit):
+            headers.append("winograd.h")
+            sources["winograd.h"] = (runtime / "winograd.h").read_text()
+        included = "\n".join(f'#include "{name}"' for name in headers)
+        sources[f"kernels_{i}.c"] = "\n".join([f"{included}\n", *unit])
     arena = -(-(lowered.arena_bytes + 2 * ALIGNMENT) // ALIGNMENT) * ALIGNMENT
     scratch = -(-(scratch + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
     tables = "\n".join(

@@ -12,7 +12,7 @@ from optcompiler.lowering.ir import (
     product,
 )
 from optcompiler_cpu.code import KernelCode, Pointers, linear
-from optcompiler_cpu.expressions import VectorPrinter, c_type, vectorisable
+from optcompiler_cpu.expressions import VectorPrinter, vectorisable
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.loops import function, scalar_printer
 from optcompiler_cpu.nest import (
@@ -24,6 +24,7 @@ from optcompiler_cpu.nest import (
     placer,
     vector_loop,
 )
+from optcompiler_cpu.scalars import REAL, c_type, stored
 
 
 def _flat(printer: VectorPrinter) -> list[str]:
@@ -236,6 +237,16 @@ def print_reduction(step: Reduction, isa: Isa) -> KernelCode:
     return function(pointers, lines, parallel)
 
 
+def identity(op: str, dtype: str) -> str:
+    """What a reduction of nothing is."""
+    if op not in {"max", "min"}:
+        return "1" if op == "prod" else "0"
+    if dtype in REAL:
+        return "-INFINITY" if op == "max" else "INFINITY"
+    low, high = (0, 1) if dtype == "BOOL" else (f"{dtype}_MIN", f"{dtype}_MAX")
+    return str(low if op == "max" else high) if not dtype.startswith("U") or op == "min" else "0"
+
+
 def _scalar_reduction(step: Reduction) -> KernelCode:
     rank = len(step.space)
     full = Nest(tuple((d,) for d in range(rank)), step.space)
@@ -245,12 +256,11 @@ def _scalar_reduction(step: Reduction) -> KernelCode:
     kind = c_type(step.value.dtype)
     value = scalar_printer(pointers, full)
     name = value.print(step.value)
-    first = "first = 0" if step.op in {"max", "min"} else ""
     update = {
         "sum": f"acc += {name};", "mean": f"acc += {name};", "sumsq": f"acc += {name} * {name};",
         "prod": f"acc *= {name};",
-        "max": f"if (first || {name} > acc) acc = {name}; {first};",
-        "min": f"if (first || {name} < acc) acc = {name}; {first};",
+        "max": f"if ({name} > acc) acc = {name};",
+        "min": f"if ({name} < acc) acc = {name};",
     }[step.op]  # fmt: skip
     small = Nest(full.axes, step.out.shape)
     count = product(tuple(step.space[a] for a in step.axes))
@@ -261,12 +271,11 @@ def _scalar_reduction(step: Reduction) -> KernelCode:
     inner = outer_loops(full, [d for d in range(rank) if d not in step.axes],
                         [*value.lines, update], False)  # fmt: skip
     body = [
-        f"{kind} acc = {1 if step.op == 'prod' else 0};",
-        *(["int first = 1;"] if first else []),
+        f"{kind} acc = {identity(step.op, step.value.dtype)};",
         *inner,
         *(f"const long i{d} = 0; (void)i{d};" for d in step.axes),
         *after.lines,
-        f"{target}[{where}] = {result};",
+        f"{target}[{where}] = {stored(step.out.dtype, result)};",
     ]
     return function(pointers, outer_loops(full, list(step.axes), body, False), False)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from optcompiler.backend import Runner
@@ -17,7 +18,12 @@ from optcompiler.errors import InputError
 NUMPY = {
     "FLOAT": np.float32, "DOUBLE": np.float64, "INT64": np.int64, "INT32": np.int32,
     "INT16": np.int16, "INT8": np.int8, "UINT8": np.uint8, "BOOL": np.bool_,
-    "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64,
+    "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64, "FLOAT16": np.float16,
+    "BFLOAT16": ml_dtypes.bfloat16, "FLOAT8E4M3FN": ml_dtypes.float8_e4m3fn,
+    "FLOAT8E4M3FNUZ": ml_dtypes.float8_e4m3fnuz, "FLOAT8E5M2": ml_dtypes.float8_e5m2,
+    "FLOAT8E5M2FNUZ": ml_dtypes.float8_e5m2fnuz, "FLOAT4E2M1": ml_dtypes.float4_e2m1fn,
+    "INT4": ml_dtypes.int4, "UINT4": ml_dtypes.uint4, "INT2": ml_dtypes.int2,
+    "UINT2": ml_dtypes.uint2,
 }  # fmt: skip
 
 

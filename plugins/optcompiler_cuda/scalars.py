@@ -155,6 +155,11 @@ class Scalars:
                 args = [f"{args[0]}.to(tl.float32)"]
             case _:
                 pass
+        if expr.op not in SPELLINGS:
+            raise UnsupportedOperatorError(
+                f"the cuda backend has no kernel for the operation {expr.op!r} on {operand}; "
+                f"use target onnxruntime or cpu."
+            )
         return SPELLINGS[expr.op](*args)
 
     def _cast(self, arg: Expr, dtype: str) -> str:
