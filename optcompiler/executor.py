@@ -23,7 +23,14 @@ from torch import fx
 from optcompiler.errors import InputError
 from optcompiler.ops import OpTable, builtin_table
 from optcompiler.ops.fxgraph import NODE_KEY, TYPE_KEY, VALUE_KEY, WEIGHTS_KEY, GraphBuilder
-from optcompiler.ops.types import from_carrier, numpy_of, tensor_from_ir, tensor_of, torch_type
+from optcompiler.ops.types import (
+    from_carrier,
+    numpy_of,
+    onnx_type,
+    tensor_from_ir,
+    tensor_of,
+    torch_type,
+)
 from optcompiler.program import Program
 
 __all__ = [
@@ -106,6 +113,38 @@ def interpret(
         return dict(zip(names, results, strict=True))
     observe(source, inputs, found.__setitem__, names)
     return found
+
+
+def computed(node: ir.Node, ops: OpTable | None = None) -> list[ir.Tensor]:
+    """The results of a node of a main graph all of whose operands are initializers.
+
+    Raises `UnsupportedOperatorError` for an operator that `ops` (default: the built-in table) does
+    not have, or that works on types that torch has not.
+    """
+    assert node.graph is not None
+    held = {
+        v: ir.val(v.name, v.dtype, v.shape, const_value=v.const_value)
+        for v in node.inputs
+        if v is not None
+    }
+    outputs = [ir.val(v.name, v.dtype) for v in node.outputs]
+    operands = [None if v is None else held[v] for v in node.inputs]
+    copy = ir.Node(
+        node.domain, node.op_type, operands, list(node.attributes.values()),
+        outputs=outputs, name=node.name,
+    )  # fmt: skip
+    graph = ir.Graph(
+        [], outputs, nodes=[copy], initializers=list(held.values()),
+        opset_imports=node.graph.opset_imports,
+    )  # fmt: skip
+    names = [v.name or "" for v in outputs]
+    found = interpret(Program(ir.Model(graph, ir_version=10)), {}, names, ops)
+    results: list[ir.Tensor] = []
+    for value in outputs:
+        tensor = found[value.name or ""]
+        dtype = value.dtype or onnx_type(tensor.dtype)
+        results.append(ir.Tensor(numpy_of(tensor, dtype), dtype, name=value.name))
+    return results
 
 
 def observe(

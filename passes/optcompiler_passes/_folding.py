@@ -7,7 +7,8 @@ from math import prod
 
 import onnx_ir as ir
 
-from optcompiler.program import static_shape
+from optcompiler.errors import UnsupportedOperatorError
+from optcompiler.program import Program, static_shape
 
 RANDOM = frozenset(
     {
@@ -28,10 +29,6 @@ _HEAVY = frozenset(
     }
 )  # fmt: skip
 _HEAVY_ELEMENTS = 1 << 16
-_NOT_EVALUATED = frozenset({"GatherElements", "GlobalMaxPool", "LpNormalization"})
-"""Operators that ONNX's reference evaluator gets wrong (the pooling with other than two spatial
-axes, the norm of order 1 with negative numbers); `simplify` computes the first itself."""
-
 _DATA_DEPENDENT = frozenset({"Compress", "NonZero", "Unique"})
 
 
@@ -44,14 +41,45 @@ class FoldingPolicy:
     The size of a result is known from shape inference, before anything is computed.
     """
 
+    main: ir.Graph
     growth_bytes: int
     total_growth_bytes: int
     grown_bytes: int = field(default=0, init=False)
+    pending: list[ir.Node] = field(default_factory=list[ir.Node], init=False)
 
     def __call__(self, node: ir.Node) -> bool:
-        if node.op_type in _NOT_EVALUATED:
+        """Whether ONNX's reference evaluator is to compute the node.
+
+        It has faults (GatherElements, GlobalMaxPool, LRN, LpNormalization in onnx 1.23), so nodes
+        of the main graph are computed here, by the executor, where that knows the operator.
+        """
+        if not self.allows(node):
             return False
-        return self.allows(node)
+        if node.graph is not self.main or not node.inputs:
+            return True
+        from optcompiler.executor import computed
+        from optcompiler.ops import builtin_table
+
+        if builtin_table().get(node) is None:
+            return True
+        try:
+            node.outputs[0].const_value = computed(node)[0]
+        except UnsupportedOperatorError:  # strings and other types that torch has not
+            return True
+        self.pending.append(node)
+        return False
+
+    def settle(self, program: Program) -> None:
+        """Put initializers in the places of the nodes that were computed here."""
+        for node in self.pending:
+            output = node.outputs[0]
+            tensor, name = output.const_value, str(output.name)
+            if node.graph is None or tensor is None:
+                continue
+            output.name = program.fresh_name(f"{name}_folded")
+            output.replace_all_uses_with(program.add_weight(name, tensor))
+            program.graph.remove(node, safe=True)
+        self.pending.clear()
 
     def allows(self, node: ir.Node) -> bool:
         """Whether the bounds allow to compute the node, by whatever means."""

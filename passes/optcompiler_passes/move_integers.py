@@ -12,7 +12,7 @@ import onnx_ir as ir
 from optcompiler.errors import Declined
 from optcompiler.program import Program, constant
 from optcompiler.rewriting import Candidate, Decline, Pass, PassContext, Stage
-from optcompiler_passes._regions import DEQUANTIZE, QUANTIZE, is_op
+from optcompiler_passes._regions import DEQUANTIZE, QUANTIZE, is_constant, is_op
 
 MOVES = (
     "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice",
@@ -33,6 +33,7 @@ class MoveIntegers(Pass):
     1. The operator is one of `MOVES` or a Concat; every data operand comes from DequantizeLinear
        and every reader is QuantizeLinear, all with the same constant scale and zero point for the
        whole tensor and of one type. Quantising what was just dequantised gives the same integers.
+       Where all operands are constants, so is the result.
     2. The result takes the name of the integers that QuantizeLinear made.
 
     Declines a site whose scales differ, with both.
@@ -131,3 +132,19 @@ def _rewrite(program: Program, node: ir.Node, quantizers: list[ir.Node]) -> None
         )
         program.graph.remove(quantize, safe=True)
     result.name, result.type = name, type_
+    _compute(program, node)
+
+
+def _compute(program: Program, node: ir.Node) -> None:
+    """Put the integers themselves in the place of a node that moves constants alone."""
+    from optcompiler.executor import computed
+
+    if not all(v is None or is_constant(v) for v in node.inputs):
+        return
+    result = node.outputs[0]
+    tensor = computed(node)[0]
+    name = str(result.name)
+    result.name = program.fresh_name(f"{name}_moved")
+    made = program.add_weight(name, tensor)
+    result.replace_all_uses_with(made, replace_graph_outputs=True)
+    program.graph.remove(node, safe=True)

@@ -92,7 +92,7 @@ class Simplify(Pass):
         before = program.clone()
         interface = {v: (v.type, v.shape) for v in program.graph.inputs}
         outputs = [(v.name, v.type, v.shape) for v in program.graph.outputs]
-        policy = FoldingPolicy(self.growth_bytes, self.total_growth_bytes)
+        policy = FoldingPolicy(program.graph, self.growth_bytes, self.total_growth_bytes)
         for _ in range(ROUNDS):
             if not _round(program, policy):
                 break
@@ -133,6 +133,7 @@ def _round(program: Program, policy: FoldingPolicy) -> bool:
         )
     except RuntimeError as error:  # its evaluators of single operators have faults of their own
         raise Declined(f"constant folding failed: {error.__cause__ or error}") from error
+    policy.settle(program)
     RewritePass(_rules())(model)
     for node in list(program.all_nodes()):
         without_iterations(program, node)
@@ -143,7 +144,6 @@ def _round(program: Program, policy: FoldingPolicy) -> bool:
             _without_change_of_shape(node)
             _without_effect(node)
             _without_scatter(node)
-            _gathered_constant(program, node, policy)
             _as_one_transpose(program, node)
             _without_nan_guard(node)
     ir_passes.RemoveUnusedNodesPass()(model)
@@ -216,20 +216,6 @@ def _without_scatter(node: ir.Node) -> None:
     shape = static_shape(data)
     if shape and rows.shape == (shape[0], 1) and (rows[:, 0] == np.arange(shape[0])).all():
         _bypass(node, updates)
-
-
-def _gathered_constant(program: Program, node: ir.Node, policy: FoldingPolicy) -> None:
-    """GatherElements of constants, which the reference evaluator gets wrong (onnx 1.23)."""
-    if not is_op(node, "GatherElements") or not all(is_constant(v) for v in node.inputs):
-        return
-    data, indices = (constant(v) for v in node.inputs)
-    if data is None or indices is None or not policy.allows(node):
-        return
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-    grid: list[np.ndarray] = list(np.indices(indices.shape, sparse=True))
-    grid[axis % data.ndim] = indices
-    output = node.outputs[0]
-    output.replace_all_uses_with(program.add_weight(f"{output.name}.folded", data[tuple(grid)]))
 
 
 _NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}

@@ -130,7 +130,7 @@ agraph (float x) => (float y)
 
 
 def test_many_small_growths_are_bounded_together():
-    policy = FoldingPolicy(growth_bytes=1000, total_growth_bytes=1500)
+    policy = FoldingPolicy(ir.Graph([], [], nodes=[]), growth_bytes=1000, total_growth_bytes=1500)
 
     def expand() -> ir.Node:
         shape = ir.val("s", const_value=ir.tensor(np.array([200], np.int64)))
