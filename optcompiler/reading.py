@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator
@@ -17,6 +16,11 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from optcompiler.errors import InputError
+from optcompiler.screening import screen
+from optcompiler.untrusted import mapped, opened
+
+MOST_FILE_BYTES = 1 << 31
+"""What protobuf reads."""
 
 MAPPED_ABOVE_BYTES = 1024
 """Smaller external tensors are read: protobufs made for checking hold them, which have no path."""
@@ -62,25 +66,25 @@ def _load(source: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model, st
 
 def _read(path: Path, label: str) -> onnx.ModelProto:
     proto = onnx.ModelProto()
-    try:
-        data = path.read_bytes()
-        if not data:
-            raise InputError(f"{label}: the file is empty; export the model again.")
-        proto.ParseFromString(data)
-    except FileNotFoundError as error:
-        raise InputError(f"{label}: no such file; check the path.") from error
-    except OSError as error:
-        raise InputError(f"{label}: cannot be read ({error.strerror}); check the path.") from error
-    except DecodeError as error:
-        raise InputError(
-            f"{label}: truncated, or not an ONNX file; export or copy the model again."
-        ) from error
+    remedy = "a protobuf holds 2 GiB, so save the weights as external data"
+    with mapped(path, label, MOST_FILE_BYTES, remedy) as data:
+        try:
+            proto.ParseFromString(data)  # type: ignore[arg-type]  # its stubs know bytes alone
+        except DecodeError as error:
+            if "depth" in str(error):
+                raise InputError(
+                    f"{label}: graphs nested too deep to read; make the branches functions."
+                ) from error
+            raise InputError(
+                f"{label}: truncated, or not an ONNX file; export or copy the model again."
+            ) from error
     return proto
 
 
 def _from_proto(proto: onnx.ModelProto, label: str) -> ir.Model:
-    if not proto.HasField("graph") or not proto.opset_import:
+    if not proto.HasField("graph"):
         raise InputError(f"{label}: holds no ONNX graph; export the model again.")
+    screen(proto, label)
     try:
         with quiet():
             return ir.from_proto(proto)
@@ -136,17 +140,13 @@ def _check_external_data(model: ir.Model, label: str) -> None:
 
 
 def _size_of_data(path: str, where: str) -> int:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise InputError(
-            f"{where} cannot be read ({error.strerror}); put the data beside the model."
-        ) from error
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise InputError(
-            f"{where} is not a file of its own (hard links lead elsewhere); copy it to a new file."
-        )
-    return status.st_size
+    with opened(Path(path), where, "put the data beside the model") as (handle, size):
+        if os.fstat(handle).st_nlink > 1:
+            raise InputError(
+                f"{where} is not a file of its own (hard links lead elsewhere); copy it to a new "
+                f"file."
+            )
+        return size
 
 
 def _check_connected(model: ir.Model, label: str) -> None:

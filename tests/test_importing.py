@@ -283,7 +283,7 @@ def test_external_data_that_is_missing_truncated_or_hard_linked_is_refused(tmp_p
     with pytest.raises(InputError, match="of 100; copy the data file again"):
         program_from_onnx(path)
     os.remove(tmp_path / "w.data")
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such file; put the data beside"):
         program_from_onnx(path)
 
 

@@ -29,12 +29,15 @@ INTERNAL = 70
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 DISTRIBUTION = "optcompiler"
+LONGEST_LINE = 1000
 
 
 class Shell(click.Group):
     """A group whose `main` turns every outcome into an exit code and at most one sentence."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # ONNX Runtime would write a device id into the home directory and send events
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         arguments = list(sys.argv[1:] if args is None else args)
         extra = {"prog_name": DISTRIBUTION, **extra, "standalone_mode": False}
         as_json = "--json" in arguments
@@ -135,6 +138,8 @@ def _forget_stdout() -> None:
 
 def _failed(kind: str, message: str, code: int, as_json: bool, **more: str) -> int:
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    if len(line) > LONGEST_LINE:  # names in models may be of any length
+        line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
     click.echo(f"{DISTRIBUTION}: {line}", err=True)
     if as_json:
         error = {"kind": kind, "message": message, "exit_code": code, **more}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -16,3 +17,7 @@ def optcompiler_backends() -> Iterable[Backend]:
     from optcompiler_onnxruntime.backend import OnnxRuntimeBackend
 
     return [OnnxRuntimeBackend()]
+
+
+# read when ONNX Runtime is imported, which would write a device id into the home directory
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
