@@ -31,6 +31,7 @@ def builtin_specs() -> tuple[OpSpec, ...]:
         activation,
         attention,
         contraction,
+        detection,
         elementwise,
         indexing,
         loss,
@@ -41,6 +42,7 @@ def builtin_specs() -> tuple[OpSpec, ...]:
         recurrent,
         reduction,
         resize,
+        sequences,
         shape,
         signal,
     )
@@ -49,6 +51,7 @@ def builtin_specs() -> tuple[OpSpec, ...]:
         activation,
         attention,
         contraction,
+        detection,
         elementwise,
         indexing,
         loss,
@@ -59,6 +62,7 @@ def builtin_specs() -> tuple[OpSpec, ...]:
         recurrent,
         reduction,
         resize,
+        sequences,
         shape,
         signal,
     )

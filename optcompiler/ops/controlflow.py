@@ -39,7 +39,8 @@ def run_loop(
     keep = True if condition is None else bool(condition.item())
     state = tuple(carried)
     scanned: list[tuple[Tensor, ...]] = []
-    anchor = next((t for t in (trip_count, condition, *carried, *captured) if t is not None), None)
+    given = (trip_count, condition, *carried, *captured)
+    anchor = next((t for t in given if isinstance(t, torch.Tensor)), None)
     where = None if anchor is None else anchor.device
     step = 0
     while keep and (limit is None or step < limit):

@@ -15,8 +15,10 @@ from torch import fx, nn
 
 from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.ops.controlflow import run_if, run_loop, run_scan
+from optcompiler.ops.functions import schema_function
 from optcompiler.ops.spec import OpTable, attributes_of
 from optcompiler.ops.types import (
+    TORCH_TYPES,
     carrier_type,
     from_carrier,
     tensor_from_ir,
@@ -108,7 +110,8 @@ class GraphBuilder:
         node.target = node.name  # unique where two names become one identifier
         node.meta |= {NODE_KEY: name, VALUE_KEY: name, TYPE_KEY: dtype}
         last = node
-        if convert and dtype is not None and carrier_type(dtype) != torch_type(dtype):
+        known = dtype if dtype in TORCH_TYPES else None  # not strings, which nothing may read
+        if convert and known is not None and carrier_type(known) != torch_type(known):
             del node.meta[VALUE_KEY]
             last = self.graph.call_function(to_carrier, (node,))
             last.meta |= {VALUE_KEY: name, TYPE_KEY: dtype}
@@ -117,7 +120,7 @@ class GraphBuilder:
     def result(self, slot: _Slot) -> fx.Node:
         """An output in its declared type."""
         node = self.read(slot)
-        if slot.dtype is None:
+        if slot.dtype is None or slot.dtype not in TORCH_TYPES:
             return node
         declared = torch_type(slot.dtype)
         if slot.levels or declared != carrier_type(slot.dtype):
@@ -145,15 +148,7 @@ class GraphBuilder:
         if node.domain == "" and node.op_type in ("If", "Loop", "Scan"):
             self.control(node, scope, outer, attributes, label)
             return
-        spec = self.ops.require(node)
         version = _version(node)
-        if version is not None and version < spec.since:
-            raise UnsupportedOperatorError(
-                f"node {label!r} is {node.op_type} of opset {version}, whose meaning changed in "
-                f"opset {spec.since}; convert the model to that opset or a later one."
-            )
-        # An input that the caller of a function left out has no slot.
-        slots = [None if v is None else scope.get(v) for v in node.inputs]
 
         def type_of(value: ir.Value | None) -> ir.DataType | None:
             if value is None:
@@ -161,6 +156,24 @@ class GraphBuilder:
             known = scope.get(value)
             return known.dtype if known is not None and known.dtype else value.dtype
 
+        if any(type_of(v) == ir.DataType.STRING for v in (*node.inputs, *node.outputs)):
+            raise UnsupportedOperatorError(
+                f"operator {node.op_type} of node {label!r} works on strings, which torch has no "
+                f"type for; keep them out of the program."
+            )
+        if self.ops.get(node) is None and not any(map(_captures, _subgraphs(node))):
+            function = schema_function(node, version, type_of)
+            if function is not None:
+                self.call(node, function, scope, attributes, label)
+                return
+        spec = self.ops.require(node)
+        if version is not None and version < spec.since:
+            raise UnsupportedOperatorError(
+                f"operator {node.op_type} of node {label!r} is that of opset {version}, whose "
+                f"meaning changed in opset {spec.since}; convert the model to that or a later one."
+            )
+        # An input that the caller of a function left out has no slot.
+        slots = [None if v is None else scope.get(v) for v in node.inputs]
         facts: Mapping[str, Any] = {}
         if spec.facts is not None:
             facts = spec.facts(node, type_of)
@@ -261,7 +274,7 @@ class GraphBuilder:
         """If, Loop and Scan: each subgraph becomes a submodule."""
         if node.op_type == "Scan" and (_version(node) or 9) < 9:
             raise UnsupportedOperatorError(
-                f"node {label!r} is Scan of opset 8, which has a batch dimension; "
+                f"operator Scan of node {label!r} is that of opset 8, which has a batch dimension; "
                 f"export the model with a later opset."
             )
         inputs = [None if v is None else self.read(scope[v], integers=True) for v in node.inputs]
@@ -362,6 +375,15 @@ def identifier(name: str) -> str:
     return f"v_{text}" if text[0].isdigit() else text
 
 
+_NO_ARGUMENTS = frozenset(
+    {
+        ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS, ir.AttributeType.TYPE_PROTO,
+        ir.AttributeType.TYPE_PROTOS,
+    }
+)  # fmt: skip
+"""Attributes that a torch meaning is not called with."""
+
+
 def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 
@@ -383,7 +405,7 @@ def _resolved(node: ir.Node, outer: Mapping[str, Any]) -> dict[str, Any]:
                 attributes[name] = found
             else:
                 attributes.pop(name, None)
-        elif attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+        elif attribute.type in _NO_ARGUMENTS:
             attributes.pop(name)
     return attributes
 
@@ -403,7 +425,8 @@ def _constant(node: ir.Node, attributes: Mapping[str, Any], label: str) -> _Slot
             break
         return _Slot(label, constant=tensor, dtype=ir.DataType(tensor.dtype))
     raise UnsupportedOperatorError(
-        f"Constant node {label!r} holds a string or a sparse tensor; replace it by a dense number."
+        f"operator Constant of node {label!r} holds a string or a sparse tensor; "
+        f"replace it by a dense number."
     )
 
 
@@ -422,6 +445,11 @@ def _python(slot: _Slot, scalar: bool) -> Any:
     if array.size == 1:
         return array.reshape(()).item()
     return None if scalar or array.ndim > 1 else array.tolist()
+
+
+def _subgraphs(node: ir.Node) -> list[ir.Graph]:
+    graphs = [a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    return [a.as_graph() for a in graphs if not a.is_ref()]
 
 
 def _look(value: ir.Value) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
 from optcompiler.errors import UnsupportedOperatorError
 from optcompiler.ops.costs import DIVISION, reading_cost
 from optcompiler.ops.declare import op, output_count
-from optcompiler.ops.spec import OpSpec
+from optcompiler.ops.spec import OpSpec, TypeLookup
 from optcompiler.ops.types import carrier_type, first
 
 Tensor = torch.Tensor
@@ -137,6 +138,7 @@ def dropout(
     *,
     seed: int | None = None,
     outputs: int = 1,
+    node: str = "",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The identity, with a mask of ones when it is asked for.
 
@@ -144,10 +146,14 @@ def dropout(
     """
     if bool(first(training_mode)) and float(first(ratio)) > 0:
         raise UnsupportedOperatorError(
-            f"Dropout in training mode with ratio {first(ratio)} has no fixed result; "
-            f"export the model for inference."
+            f"operator Dropout of node {node!r} in training mode with ratio {first(ratio)} has no "
+            f"fixed result; export the model for inference."
         )
     return (x, torch.ones_like(x, dtype=torch.bool)) if outputs > 1 else x
+
+
+def _dropout_facts(node: ir.Node, type_of: TypeLookup) -> dict[str, Any]:
+    return {"outputs": len(node.outputs), "node": node.name}
 
 
 SPECS: tuple[OpSpec, ...] = (
@@ -159,5 +165,5 @@ SPECS: tuple[OpSpec, ...] = (
     op("LRN", lrn, reading_cost(4 * DIVISION)),
     op("LpNormalization", lp_normalization, reading_cost(3 + DIVISION)),
     op("MeanVarianceNormalization", mean_variance_normalization, reading_cost(8), since=9),
-    op("Dropout", dropout, reading_cost(0), since=7, static=(1, 2), facts=output_count),
+    op("Dropout", dropout, reading_cost(0), since=7, static=(1, 2), facts=_dropout_facts),
 )

@@ -38,7 +38,8 @@ def _fill(node: ir.Node, type_of: TypeLookup) -> dict[str, Any]:
     return {"value": tensor_from_ir(tensor).reshape(-1)[0].item(), "dtype": int(tensor.dtype)}
 
 
-def arange(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
+def arange(start: Tensor, limit: Tensor, delta: Tensor, *, stash_type: int = 1) -> Tensor:
+    """Numbers from `start` to below `limit`; torch itself sees to it that halves do not drift."""
     return torch.arange(
         start.item(), limit.item(), delta.item(), dtype=start.dtype, device=start.device
     )

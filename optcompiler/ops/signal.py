@@ -89,9 +89,29 @@ def blackman_window(size: Tensor, *, output_datatype: int = 1, periodic: int = 1
     return _cosines(size, periodic, output_datatype, (0.42, -0.5, 0.08))
 
 
+def mel_weight_matrix(
+    bins: Any, dft_length: Any, sample_rate: Any, lowest: Any, highest: Any,
+    *, output_datatype: int = 1,
+) -> Tensor:  # fmt: skip
+    """`[dft_length // 2 + 1, bins]`: triangles of equal width on the mel scale, edges in hertz."""
+    count, length = int(first(bins)), int(first(dft_length))
+    low, high = (2595 * math.log10(1 + float(first(edge)) / 700) for edge in (lowest, highest))
+    mels = low + torch.arange(count + 2, dtype=torch.float64) * ((high - low) / (count + 2))
+    hertz = 700 * (torch.pow(10.0, mels / 2595) - 1)
+    edges = ((length + 1) * hertz / int(first(sample_rate))).floor()
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    at = torch.arange(length // 2 + 1, dtype=torch.float64).unsqueeze(1)
+    rising, falling = (at - left) / (centre - left), (right - at) / (right - centre)
+    up = torch.where((at >= left) & (at <= centre) & (centre > left), rising, 0.0)
+    down = torch.where((at >= centre) & (at < right), falling, up)
+    flat = (at == centre) & (left == centre)
+    return torch.where(flat & (right == centre), 1.0, down).to(carrier_type(output_datatype))
+
+
 SPECS: tuple[OpSpec, ...] = (
     op("DFT", dft, reading_cost(4 * TRANSCENDENTAL), since=17, static=(1, 2)),
     op("STFT", stft, reading_cost(8 * TRANSCENDENTAL), since=17, static=(1, 3)),
+    op("MelWeightMatrix", mel_weight_matrix, pointwise_cost(), since=17, static=range(5)),
     op("HannWindow", hann_window, pointwise_cost(TRANSCENDENTAL), since=17),
     op("HammingWindow", hamming_window, pointwise_cost(TRANSCENDENTAL), since=17),
     op("BlackmanWindow", blackman_window, pointwise_cost(2 * TRANSCENDENTAL), since=17),

@@ -83,7 +83,7 @@ class Channels:
     repair: Callable[[Program, ir.Node, Mapping[Axis, int]], None] | None = None
 
 
-TorchMeaning = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
+TorchMeaning = Callable[..., "torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]"]
 CostRule = Callable[[ir.Node], Work]
 ChannelRule = Callable[[ir.Node], "Channels | None"]
 TypeLookup = Callable[["ir.Value | None"], "ir.DataType | None"]

@@ -119,15 +119,19 @@ def onnx_type(dtype: torch.dtype) -> ir.DataType:
     return next(kind for kind, known in TORCH_TYPES.items() if known == dtype)
 
 
-def to_carrier(value: torch.Tensor) -> torch.Tensor:
-    """A program input of a type that torch cannot compute with, in its carrier."""
+def to_carrier(value: Any) -> Any:
+    """A program input (or a list) of a type that torch cannot compute with, in its carrier."""
+    if value is None or isinstance(value, list):
+        return value and [to_carrier(item) for item in cast("list[Any]", value)]
     if value.dtype == torch.uint64:
         return value.view(torch.int64)
     return value.to(_WIDER.get(value.dtype, value.dtype))
 
 
-def from_carrier(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def from_carrier(value: Any, dtype: torch.dtype) -> Any:
     """A value of the program, or the quantised levels that stand for it, in its declared type."""
+    if value is None or isinstance(value, list):
+        return value and [from_carrier(item, dtype) for item in cast("list[Any]", value)]
     if value.dtype == dtype:
         return value
     if dtype == torch.uint64 and value.dtype == torch.int64:

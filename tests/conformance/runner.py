@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import fnmatch
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,10 @@ TWO_ULPS = {"bfloat16": 2.0**-6, "float16": 2.0**-9}
 
 ROUNDING = 4 * 2.0**-23
 """What float32 arithmetic in another order leaves of the largest element where the sum is zero."""
+
+
+_NAMED = re.compile(r"[A-Z]\w+( of node)? '")
+"""Every refusal of an operator names it and the node, as in "TopK 'n'" and "Conv of node 'n'"."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,9 @@ def judge(subject: Subject, case: Case) -> Outcome:
     try:
         subject.check(case)
     except UnsupportedOperatorError as error:
-        found = Outcome(case.name, Verdict.UNSUPPORTED, one_line(error))
+        named = _NAMED.search(str(error)) is not None
+        verdict = Verdict.UNSUPPORTED if named else Verdict.WRONG
+        found = Outcome(case.name, verdict, one_line(error))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a Rust or C++ extension may raise what is no Exception

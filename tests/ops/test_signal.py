@@ -36,3 +36,11 @@ def test_stft() -> None:
 def test_windows(op_type: str, periodic: int) -> None:
     program = single(op_type, "int32 n", "float[10] y", f"periodic = {periodic}")
     check(program, {"n": np.array(10, np.int32)})
+
+
+def test_mel_weights() -> None:
+    program = single(
+        "MelWeightMatrix", "int64 b, int64 n, int64 r, float low, float high", "float[9,6] y"
+    )
+    edges = {"low": np.array(20, np.float32), "high": np.array(3900, np.float32)}
+    check(program, {"b": np.array(6), "n": np.array(16), "r": np.array(8000), **edges})
