@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from optcompiler.errors import InputError
+from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.importing import infer_outputs, quiet
 from optcompiler.program import Program, shape_of
 
@@ -99,7 +99,12 @@ def _infer(program: Program) -> None:
     program.infer_shapes()
     for value in outputs:
         if value.shape is None:
-            raise InputError(f"sizes: the shape of output {value.name!r} cannot be inferred.")
+            node = value.producer()
+            where = "the model" if node is None else f"{node.op_type} {node.name!r}"
+            raise UnsupportedOperatorError(
+                f"{where}: the shape of output {value.name!r} cannot be inferred at these sizes; "
+                f"rewrite the model so that shapes do not depend on data."
+            )
 
 
 def resolved(program: Program) -> Program:

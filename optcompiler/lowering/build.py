@@ -252,7 +252,12 @@ class Builder:
         epilogue: Expr,
         **fields: object,
     ) -> None:
-        """Append a step; the epilogue is cast where its type differs from the output's."""
+        """Append a step; the epilogue is cast where its type differs from the output's.
+
+        What writes no elements is no step.
+        """
+        if not out.elements:
+            return
         name = f"{len(self.lowered.steps)}_{kind.__name__.lower()}"
         sites = tuple(dict.fromkeys(site_of(n) for n in nodes))
         make: Callable[..., Step] = kind

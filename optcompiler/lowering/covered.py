@@ -56,9 +56,13 @@ def _one_batch(node: ir.Node, facts: Facts) -> bool:
     return not attributes_of(node).get("batch_dims")
 
 
+def _constant_border(node: ir.Node, facts: Facts) -> bool:
+    return str(attributes_of(node).get("mode") or "constant") == "constant"
+
+
 COVERED: Mapping[str, Callable[[ir.Node, Facts], bool]] = {
     "LayerNormalization": _computed_in_floats, "RMSNormalization": _computed_in_floats,
     "InstanceNormalization": _computed_in_floats, "Softmax": _computed_in_floats,
     "LogSoftmax": _computed_in_floats, "BatchNormalization": _known_parameters,
-    "Resize": repeats_elements, "GatherND": _one_batch,
+    "Resize": repeats_elements, "Pad": _constant_border, "GatherND": _one_batch,
 }  # fmt: skip

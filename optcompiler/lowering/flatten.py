@@ -73,8 +73,10 @@ def flatten(
     `UnsupportedOperatorError` for a tensor type without a lowered form. Without `values`, quantised
     weights are zeros of the right type and shape: enough to say which kernels there are.
     """
-    for value in (*program.graph.inputs, *program.graph.outputs):
-        _check_type(value, f"{'output' if value.is_graph_output() else 'input'} {value.name!r}")
+    for value in program.graph.inputs:
+        _check_type(value, next((use.node for use in value.uses()), None))
+    for value in program.graph.outputs:
+        _check_type(value, value.producer())
     for port in program.inputs:
         if not port.static:
             names = [d for d in port.shape if not isinstance(d, int)]
@@ -240,7 +242,7 @@ def evaluate(node: ir.Node, values: list[np.ndarray | None]) -> list[np.ndarray]
 def _settle(node: ir.Node, flat: Flat) -> None:
     """Note the shapes of what a node computes, or say why it cannot be lowered."""
     for value in node.outputs:
-        _check_type(value, f"{node.op_type} {site_of(node)!r}")
+        _check_type(value, node)
         shape = static_shape(value)
         if shape is None:
             raise UnsupportedOperatorError(
@@ -250,9 +252,10 @@ def _settle(node: ir.Node, flat: Flat) -> None:
         flat.shapes[value] = shape
 
 
-def _check_type(value: ir.Value, where: str) -> None:
+def _check_type(value: ir.Value, node: ir.Node | None) -> None:
     if not isinstance(value.type, ir.TensorType) or value.type.dtype.name not in ITEM_SIZES:
+        where = "the model" if node is None else f"{node.op_type} {site_of(node)!r}"
         raise UnsupportedOperatorError(
-            f"{where}: {value.type or 'unknown'} tensors have no lowered form; "
-            f"cast to FLOAT or an integer type."
+            f"{where}: {value.name!r} is {value.type or 'of unknown type'}, which has no lowered "
+            f"form; use target onnxruntime, or cut the model there."
         )

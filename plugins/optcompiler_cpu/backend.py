@@ -10,18 +10,26 @@ from typing import Any
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
 from optcompiler.errors import InputError
 from optcompiler.lowering import kernel_of, lower, plan
-from optcompiler.lowering.ir import Conv, Step
+from optcompiler.lowering.ir import Conv, Lowered, Step
 from optcompiler.program import Program
 from optcompiler.target import Target
 from optcompiler_cpu.isa import ISAS, Isa, pick_isa, supported
 from optcompiler_cpu.legalize import legalize
-from optcompiler_cpu.module import describe, print_module
+from optcompiler_cpu.module import Module, describe, print_module
 from optcompiler_cpu.runner import CpuRunner
 from optcompiler_cpu.toolchain import build, compiler, compiler_version
 from optcompiler_cpu.winograd import is_winograd, multiplications
 
 LIBRARY = "libnet.so"
 WEIGHTS = "net.weights"
+
+
+def emit(program: Program, isa: Isa) -> tuple[Lowered, Module]:
+    """The program in the form that is printed, and the text and weights of its artifact."""
+    lowered = lower(program, plan=False)
+    legalize(lowered)
+    plan(lowered)
+    return lowered, print_module(lowered, isa)
 
 
 class CpuBackend(Backend):
@@ -54,10 +62,7 @@ class CpuBackend(Backend):
     def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
         isa = pick_isa(target.options)
         compiler()
-        lowered = lower(program, plan=False)
-        legalize(lowered)
-        plan(lowered)
-        module = print_module(lowered, isa)
+        lowered, module = emit(program, isa)
         for name, text in module.sources.items():
             (directory / name).write_text(text, encoding="utf-8")
         (directory / WEIGHTS).write_bytes(module.weights)
