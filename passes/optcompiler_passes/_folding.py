@@ -74,7 +74,8 @@ class FoldingPolicy:
         for node in self.pending:
             output = node.outputs[0]
             tensor, name = output.const_value, str(output.name)
-            if node.graph is None or tensor is None:
+            if node.graph is None or tensor is None or output.is_graph_output():
+                output.const_value = None
                 continue
             output.name = program.fresh_name(f"{name}_folded")
             output.replace_all_uses_with(program.add_weight(name, tensor))
