@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
+from optcompiler.bounds import refuse_growing_shapes
 from optcompiler.errors import InputError, VerificationError
 from optcompiler.program import FUSED_DOMAIN, PASS_KEY, SOURCE_KEY, Program
 from optcompiler.reading import graphs_of, one_line, own_tensor, quiet, read_model
@@ -44,6 +45,7 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     _declutter(model, label)
     _check_ports("input", model.graph.inputs, label)
     _state_defaults(model)
+    refuse_growing_shapes(model, label)
     program = Program(_at_minimum_opset(model))
     _name_everything(program.model)
     _keep_source_paths(program.model)

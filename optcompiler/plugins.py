@@ -129,6 +129,11 @@ class Registry:
 
         return OpTable([*builtin_specs(), *(spec for _, spec in self._call("optcompiler_ops"))])
 
+    @cached_property
+    def domains(self) -> frozenset[str]:
+        """Domains of the operators that plugins declare; asks no built-in one, so stays light."""
+        return frozenset(spec.domain for _, spec in self._call("optcompiler_ops"))
+
     def owner_of_pass(self, name: str) -> str:
         """`distribution version` of the plugin with the pass, "-" for one given in Python."""
         entry = self._passes.get(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,8 +14,10 @@ from types import ModuleType
 from typing import Any, cast
 
 from optcompiler.errors import InputError, OptcompilerError
+from optcompiler.untrusted import opened
 
 MODEL_SUFFIXES = (".onnx", ".pt2")
+PICKLED_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".joblib")
 
 
 def load_reference(text: str) -> Any:
@@ -43,10 +46,20 @@ def model_from_reference(text: str) -> tuple[Any, Any]:
     inputs: None. Raises `InputError` for a reference that is missing, or a function that raises or
     returns something else.
     """
-    if Path(text).suffix in MODEL_SUFFIXES:
-        if not Path(text).is_file():
-            raise InputError(f"{text}: no such file; check the path.")
-        return Path(text), None
+    path = Path(text)
+    if path.suffix in MODEL_SUFFIXES:
+        with opened(path, text):
+            return path, None
+    if path.suffix in PICKLED_SUFFIXES and os.path.exists(text):
+        raise InputError(
+            f"{text}: pickled files run code when they are loaded and are not read; save the model "
+            f"with torch.export.save as .pt2, or give module:function."
+        )
+    if ":" not in text and os.path.exists(text):
+        raise InputError(
+            f"{text}: not a model by its name; give a {' or '.join(MODEL_SUFFIXES)} file, or "
+            f"module:function."
+        )
     made = _called(text)
     if not isinstance(made, tuple) or len(cast(tuple[Any, ...], made)) != 2:
         raise InputError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from optcompiler.cli.models import dynamic_axes
+from optcompiler.cli.models import dynamic_axes, model_of
 from optcompiler.cli.shell import common, write
 
 if TYPE_CHECKING:
@@ -71,13 +71,11 @@ def compile_(
     as it was.
     """
     from optcompiler.compiled import refuse_other_than_artifact
-    from optcompiler.compiler import compile as run
     from optcompiler.errors import GateError
     from optcompiler.progress import progress_on
     from optcompiler.sources import (
         calibration_from_reference,
         metric_from_reference,
-        model_from_reference,
     )
 
     for place in (output, keep_best):
@@ -89,7 +87,9 @@ def compile_(
         max_latency_ms=max_latency_ms, max_size_mb=max_size_mb, search_minutes=search_minutes,
     )  # fmt: skip
     plugins = registry()
-    source, example_inputs = model_from_reference(model)
+    source, example_inputs = model_of(model, plugins)
+    from optcompiler.compiler import compile as run  # imports torch; what is refused costs little
+
     try:
         compiled = run(
             source, example_inputs, target=target, precision=precision,

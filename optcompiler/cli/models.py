@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from optcompiler.plugins import Registry
     from optcompiler.program import Program
 
 
@@ -30,6 +32,20 @@ def dynamic_axes(
             )
         dynamic.setdefault(name, {})[int(axis)] = symbol
     return dynamic or None
+
+
+def model_of(reference: str, registry: Registry) -> tuple[Any, Any]:
+    """A model that can be compiled, and its example inputs; a file is read and looked through."""
+    from optcompiler.sources import model_from_reference
+
+    model, example_inputs = model_from_reference(reference)
+    if isinstance(model, Path) and model.suffix == ".onnx":
+        from optcompiler.bounds import refuse_what_cannot_run
+        from optcompiler.program import Program
+
+        model = Program.from_onnx(model)
+        refuse_what_cannot_run(model, registry.domains)
+    return model, example_inputs
 
 
 def program_of(reference: str) -> Program:
