@@ -17,6 +17,9 @@ from onnx_ir.passes import common as ir_passes
 
 BODY_DOMAIN = "optcompiler.body"
 
+LONGEST = 1024
+"""Turns of a Loop that are written out."""
+
 
 @dataclass(frozen=True, eq=False)
 class Facts:
@@ -99,6 +102,8 @@ def _first_turn(node: ir.Node, facts: Facts) -> Expansion | None:
     if len(body.outputs) != 1 + len(states):
         return None
     left = int(trips.reshape(-1)[0])
+    if left > LONGEST:
+        return None
     if left <= 0 or (condition is not None and not condition.reshape(-1)[0]):
         return [], states
     turn = body.clone(allow_outer_scope_values=True)

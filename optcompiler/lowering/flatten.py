@@ -29,6 +29,9 @@ RANDOM = frozenset({
 })  # fmt: skip
 """Operators whose results are not a function of their inputs."""
 
+LARGEST = 1 << 33
+"""Elements of the largest tensor, computed or folded."""
+
 SITE_KEY = "optcompiler.site"
 """Metadata key of an expanded node: the main-graph node it came from."""
 
@@ -107,6 +110,7 @@ def flatten(
         node = todo.popleft()
         if any(static_shape(v) is None for v in node.outputs):
             infer(node, facts)
+        _check_sizes(node)
         if _fold(node, flat, values):
             flat.shapes.update((v, flat.constants[v].shape) for v in node.outputs)
             continue
@@ -250,6 +254,16 @@ def _settle(node: ir.Node, flat: Flat) -> None:
                 f"before it runs; rewrite the model so that shapes do not depend on data."
             )
         flat.shapes[value] = shape
+
+
+def _check_sizes(node: ir.Node) -> None:
+    for value in node.outputs:
+        shape = static_shape(value)
+        if shape is not None and product(shape) > LARGEST:
+            raise UnsupportedOperatorError(
+                f"{node.op_type} {site_of(node)!r}: {value.name!r} has {product(shape)} elements, "
+                f"more than the {LARGEST} that are lowered; make it smaller."
+            )
 
 
 def _check_type(value: ir.Value, node: ir.Node | None) -> None:
