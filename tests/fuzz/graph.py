@@ -142,6 +142,8 @@ class Graph:
     known: dict[ir.Value, torch.Tensor] = field(default_factory=dict)
     largest: dict[ir.Value, float] = field(default_factory=dict)
     near: dict[ir.Value, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    constant: bool = False
+    """Whether every leaf is an initializer, so that the whole graph can be computed beforehand."""
 
     def shape(self, value: ir.Value) -> tuple[int, ...]:
         return tuple(self.known[value].shape)
@@ -161,6 +163,8 @@ class Graph:
     def input(self, shape: Sequence[int], dtype: ir.DataType = FLOAT) -> ir.Value:
         if np.prod(shape) > ELEMENTS:
             raise Refused("too large")
+        if self.constant:
+            return self.weight(self.array(shape, dtype), dtype)
         value = ir.val(f"x{len(self.inputs)}", dtype=dtype, shape=ir.Shape(shape))
         self.inputs.append(value)
         self.values.append(value)
@@ -196,8 +200,7 @@ class Graph:
         numbers = wide.double().nan_to_num(0, 0, 0).abs()
         self.largest[value] = float(numbers.max()) if numbers.numel() else 0.0
         if wide.is_floating_point() and value.const_value is None:
-            sign = torch.ones(wide.numel(), dtype=torch.float64)
-            sign[1::2] = -1
+            sign = 2.0 * ((torch.arange(wide.numel()) * 2654435761 >> 9) % 2).double() - 1
             step = sign.reshape(wide.shape) * (JITTER * wide.abs() + JITTER / 10)
             self.near[value] = (wide + step, wide - step)
         else:
@@ -335,7 +338,7 @@ class Graph:
         return self.weight(self.array(shape, dtype), dtype)
 
     def like(self, d: Draw, shape: Sequence[int], dtype: ir.DataType = FLOAT) -> ir.Value:
-        """A value of exactly this shape: one that exists (so that branches meet), or a fresh one."""
+        """A value of this very shape: one that exists (so that branches meet), or a fresh one."""
         fitting = [v for v in self.values if v.dtype == dtype and self.shape(v) == tuple(shape)]
         return d.one_of(fitting) if fitting and d.chance(70) else self.fresh(d, shape, dtype)
 

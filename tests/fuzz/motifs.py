@@ -313,7 +313,8 @@ def masks(g: Graph, d: Draw) -> Any:
 MOTIFS: Mapping[str, Callable[[Graph, Draw], Any]] = {
     f.__name__: f
     for f in (
-        conv_block, residual, dense, shared_weight, dead_channels, dead_units, layer_norm, attention,
-        gelu, chain, nothing, twice, constants, pad_conv, half_turned, qdq_move, qdq_layer, masks,
+        conv_block, residual, dense, shared_weight, dead_channels, dead_units, layer_norm,
+        attention, gelu, chain, nothing, twice, constants, pad_conv, half_turned, qdq_move,
+        qdq_layer, masks,
     )
 }  # fmt: skip

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 import onnxruntime
-import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
 from optcompiler import Registry
@@ -59,6 +58,25 @@ class Statistics:
     """Graphs that ONNX Runtime has no kernel for; the executor alone judges those."""
     compiled: int = 0
     unsupported: Counter[str] = field(default_factory=Counter)
+
+    def text(self) -> str:
+        """What was covered, for people."""
+
+        def table(counts: Mapping[str, int]) -> str:
+            return ", ".join(f"{k} {v}" for k, v in sorted(counts.items()))
+
+        refused = sum(v for k, v in self.steps.items() if k.endswith(" refused"))
+        return "\n".join(
+            [
+                f"{self.graphs} graphs of {self.nodes / max(self.graphs, 1):.1f} nodes; "
+                f"{refused} of {self.steps.total()} steps refused",
+                f"passes took a candidate in: {table(self.taken)}",
+                f"candidates taken: {table(self.candidates)}",
+                f"compiled by cpu: {self.compiled}; without a kernel: {self.unsupported.total()}; "
+                f"without a kernel in ONNX Runtime: {self.not_run}",
+                f"{len(self.operators)} operators, in so many graphs: {table(self.operators)}",
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -129,26 +147,26 @@ def judge(case: Case, statistics: Statistics) -> Judged:
     if again and again[-1][1].after.content_hash() != after.content_hash():
         raise Wrong("twice", _changes(again))
     executed = run_executor(program, case.inputs)
-    _agreement("executor", case, executed)
+    agreement("executor", case, executed)
     stock = run_stock(case.model, case.inputs)
     if stock is None:
         statistics.not_run += 1
     else:
-        _agreement("onnxruntime", case, stock)
+        agreement("onnxruntime", case, stock)
     bounds = tolerances(case, [executed, *([stock] if stock is not None else [])])
     loose = next((i for i, p in enumerate(patches) if p[2]), len(patches))
     strict = patches[loose - 1][1].after if loose else program
     exact = run_executor(strict, case.inputs) if loose else executed
     _close("exact", case, exact, bounds)
     if loose < len(patches):
-        _typical("exact", run_executor(after, case.inputs), exact)
+        typical("exact", run_executor(after, case.inputs), exact)
     outputs = run_stock(after.to_proto(), case.inputs) if stock is not None else None
     if outputs is None:
         outputs = run_executor(after, case.inputs)
     elif loose < len(patches):
-        _typical("optimised in onnxruntime", outputs, exact)
+        typical("optimised in onnxruntime", outputs, exact)
     else:
-        _agreement("optimised in onnxruntime", case, outputs)
+        agreement("optimised in onnxruntime", case, outputs)
     return Judged(case, after, outputs, loose < len(patches))
 
 
@@ -235,11 +253,11 @@ def _close(oracle: str, case: Case, got: Arrays, bounds: Sequence[float]) -> Non
             )
 
 
-def _agreement(oracle: str, case: Case, got: Arrays) -> None:
+def agreement(oracle: str, case: Case, got: Arrays) -> None:
     _close(oracle, case, got, [AGREEMENT * max(x, 1e-3) for x in case.largest])
 
 
-def _typical(oracle: str, got: Arrays, expected: Arrays) -> None:
+def typical(oracle: str, got: Arrays, expected: Arrays) -> None:
     for i, (g, e) in enumerate(zip(got, expected, strict=True)):
         if g.shape != e.shape or g.dtype != e.dtype:
             raise Wrong(oracle, f"output {i} is {g.dtype}{g.shape}, not {e.dtype}{e.shape}")
@@ -259,8 +277,3 @@ def _where(got: np.ndarray, expected: np.ndarray) -> str:
         np.argmax(np.nan_to_num(np.abs(wide[0] - wide[1]), nan=np.inf)), got.shape
     )
     return f"{got[worst]} where {expected[worst]} is right, at {list(map(int, worst))}"
-
-
-def threads_off() -> None:
-    """One core: what a rate of graphs per second is counted on."""
-    torch.set_num_threads(1)

@@ -16,7 +16,7 @@ INPUT_KEY = "input:"
 
 
 def as_text(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> str:
-    """The model with its inputs; float32 numbers are printed so that they are read back the same."""
+    """The model with its inputs; numbers are printed so that they are read back the same."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.graph.value_info[:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,10 +15,9 @@ import torch
 from hypothesis import strategies as st
 
 from tests.fuzz.families import FAMILIES, available
-from tests.fuzz.graph import DOUBLE, Draw, Graph, Refused
+from tests.fuzz.graph import BOOL, DOUBLE, Draw, Graph, Refused
 from tests.fuzz.motifs import MOTIFS
 
-WHY = None
 OPSETS = (20, 21, 17, 13, 18, 22, 23, 24, 26)
 MOST_STEPS = 5
 
@@ -47,7 +47,7 @@ def cases(draw: Callable[[Any], Any]) -> Case:
     """Graphs of one to some twenty nodes: motifs, and operators alone, on values of either."""
     d = Draw(draw)
     opset = d.one_of(OPSETS)
-    g = Graph(opset, np.random.default_rng(d.integer(0, 2**16)))
+    g = Graph(opset, np.random.default_rng(d.integer(0, 2**16)), constant=d.chance(8))
     if d.chance(30):
         g.input([0 if d.chance(8) else size for size in d.shape(0, 4)])
     else:
@@ -63,19 +63,28 @@ def cases(draw: Callable[[Any], Any]) -> Case:
             grow = _motif(kind)
         try:
             grow(g, d, kind)
-        except Refused as reason:
+        except Refused:
             steps[f"{kind} refused"] += 1
-            if WHY is not None:
-                WHY[kind, str(reason)] += 1
         else:
             steps[kind] += 1
     if not g.nodes:
         g.add("Relu", g.find(d))
+    if g.constant:
+        _meet_an_input(g)
     return _finished(g, d, steps)
 
 
 def _motif(name: str) -> Callable[[Graph, Draw, str], Any]:
     return lambda g, d, _: MOTIFS[name](g, d)
+
+
+def _meet_an_input(g: Graph) -> None:
+    """Read what constants have become: what an output names is never computed beforehand."""
+    g.constant = False
+    read = {v for n in g.nodes for v in n.inputs if v is not None}
+    for value in [v for n in g.nodes for v in n.outputs if v not in read]:
+        with contextlib.suppress(Refused):
+            g.add("Where", g.input((), BOOL), value, value)
 
 
 def _finished(g: Graph, d: Draw, steps: Counter[str]) -> Case:
@@ -105,18 +114,32 @@ def _finished(g: Graph, d: Draw, steps: Counter[str]) -> Case:
 
 def replayed(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> Case:
     """The case of a model that was not drawn here."""
-    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    opset = inferred.graph.opset_imports[""]
-    g = Graph(opset, np.random.default_rng(0))
-    for value in inferred.graph.inputs:
-        g.learn(value, torch.from_numpy(inputs[value.name or ""]))
-    for value in inferred.graph.initializers.values():
-        assert value.const_value is not None
-        g.learn(value, torch.from_numpy(value.const_value.numpy().copy()))
-    for node in inferred.graph:
-        g.evaluate(node)
-    outputs = inferred.graph.outputs
+    g, graph = _evaluated(model, inputs)
+    outputs = graph.outputs
     return Case(
         model, inputs, tuple(g.known[v].numpy() for v in outputs),
         tuple(g.largest[v] for v in outputs), Counter(),
     )  # fmt: skip
+
+
+def known_values(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What every value of the model holds, by name, in its own type."""
+    g, _ = _evaluated(model, inputs)
+    return {
+        v.name or "": t.numpy().astype(v.dtype.numpy())
+        for v, t in g.known.items()
+        if v.dtype is not None
+    }
+
+
+def _evaluated(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> tuple[Graph, ir.Graph]:
+    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(model, data_prop=True)).graph
+    g = Graph(inferred.opset_imports[""], np.random.default_rng(0))
+    for value in inferred.inputs:
+        g.learn(value, torch.from_numpy(inputs[value.name or ""]))
+    for value in inferred.initializers.values():
+        assert value.const_value is not None
+        g.learn(value, torch.from_numpy(value.const_value.numpy().copy()))
+    for node in inferred:
+        g.evaluate(node)
+    return g, inferred

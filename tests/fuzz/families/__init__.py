@@ -37,8 +37,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 """How to add each operator; `tests.fuzz.test_fuzz` holds it complete."""
 
-REPLACED = frozenset({"Scatter", "Upsample"})
-"""Operators that ONNX replaced by others before the opsets that graphs are drawn in."""
+WITHOUT: Mapping[str, str] = {
+    "Scatter": "ONNX replaced it before the opsets that graphs are drawn in",
+    "Upsample": "ONNX replaced it before the opsets that graphs are drawn in",
+}
+"""Operators that are not drawn, and why."""
 
 
 @functools.cache

@@ -28,7 +28,12 @@ def window(
         given["strides"] = [d.one_of((1, 2, 3)) for _ in sizes]
     way = d.integer(0, 9)
     if way >= 8:
-        given["auto_pad"] = d.one_of(("SAME_UPPER", "SAME_LOWER", "VALID"))
+        # ONNX Runtime takes neither a dilation nor a stride that skips elements with SAME
+        strides = given.get("strides", [1] * len(sizes))
+        plain = "dilations" not in given and all(
+            s <= k for s, k in zip(strides, kernel, strict=True)
+        )
+        given["auto_pad"] = d.one_of(("SAME_UPPER", "SAME_LOWER", "VALID")) if plain else "VALID"
     elif way >= 3:
         given["pads"] = [d.integer(0, k - 1) for k in [*kernel, *kernel]]
     return kernel, given
@@ -121,7 +126,8 @@ def gemm(g: Graph, d: Draw, op_type: str) -> Any:
         bias = g.like(d, shape)
     return g.add(
         "Gemm", x, weight, bias, transA=int(turned) or None, transB=int(other) or None,
-        alpha=d.one_of((None, 0.5, 1.0)), beta=d.one_of((None, 2.0, 0.0)) if bias is not None else None,
+        alpha=d.one_of((None, 0.5, 1.0)),
+        beta=d.one_of((None, 2.0, 0.0)) if bias is not None else None,
     )  # fmt: skip
 
 

@@ -73,7 +73,8 @@ def scatter_elements(g: Graph, d: Draw, op_type: str) -> Any:
     picked = distinct(g, shape, axis, g.shape(x)[axis])
     kinds = (None, "add", "mul", "max", "min")[: 1 if g.opset < 16 else 3 if g.opset < 18 else 5]
     return g.add("ScatterElements", x, g.weight(picked, INT64, shared=False),
-                 g.like(d, shape, x.dtype or FLOAT), axis=axis, reduction=d.one_of(kinds))  # fmt: skip
+                 g.like(d, shape, x.dtype or FLOAT), axis=axis,
+                 reduction=d.one_of(kinds))  # fmt: skip
 
 
 def scatter_nd(g: Graph, d: Draw, op_type: str) -> Any:
@@ -90,7 +91,8 @@ def scatter_nd(g: Graph, d: Draw, op_type: str) -> Any:
     picked = np.stack(np.unravel_index(flat, shape[:depth]), -1)
     kinds = (None, "add", "mul", "max", "min")[: 1 if g.opset < 16 else 3 if g.opset < 18 else 5]
     return g.add("ScatterND", x, g.weight(picked, INT64, shared=False),
-                 g.like(d, (count, *shape[depth:]), x.dtype or FLOAT), reduction=d.one_of(kinds))  # fmt: skip
+                 g.like(d, (count, *shape[depth:]), x.dtype or FLOAT),
+                 reduction=d.one_of(kinds))  # fmt: skip
 
 
 def tensor_scatter(g: Graph, d: Draw, op_type: str) -> Any:

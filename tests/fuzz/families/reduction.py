@@ -33,7 +33,8 @@ def reduce(g: Graph, d: Draw, op_type: str) -> Any:
 def arg(g: Graph, d: Draw, op_type: str) -> Any:
     x = g.find(d, (FLOAT, FLOAT, INT32), low=1)
     return g.add(op_type, x, axis=d.one_of((None, *range(-g.rank(x), g.rank(x)))),
-                 keepdims=d.one_of((None, 0, 1)), select_last_index=d.one_of((None, 0, 1)))  # fmt: skip
+                 keepdims=d.one_of((None, 0, 1)),
+                 select_last_index=d.one_of((None, 0, 1)))  # fmt: skip
 
 
 def top_k(g: Graph, d: Draw, op_type: str) -> Any:
