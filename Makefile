@@ -16,7 +16,7 @@ quick: $(VENV)/.installed ## tests that take under ten seconds each
 check: $(VENV)/.installed ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

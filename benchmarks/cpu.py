@@ -100,7 +100,8 @@ def table(results: Sequence[Mapping[str, Any]], precisions: Sequence[str]) -> No
     for precision in precisions:
         print(f"\n{precision}\n")
         print(
-            "| model | batch | threads | ours µs | best peer | µs | × best peer | of peak | all peers µs |"
+            "| model | batch | threads | ours µs | best peer | µs | × best peer | of peak "
+            "| all peers µs |"
         )
         print("|---|---|---|---|---|---|---|---|---|")
         ratios: dict[tuple[int, int], list[float]] = {}

@@ -115,23 +115,28 @@ def interpret(
     return found
 
 
-def computed(node: ir.Node, ops: OpTable | None = None) -> list[ir.Tensor]:
-    """The results of a node of a main graph all of whose operands are initializers.
+def computed(
+    node: ir.Node, ops: OpTable | None = None, values: Sequence[np.ndarray | None] | None = None
+) -> list[ir.Tensor]:
+    """The results of a node of a main graph for `values`, or with initializers as all operands.
 
     Raises `UnsupportedOperatorError` for an operator that `ops` (default: the built-in table) does
     not have, or that works on types that torch has not.
     """
     assert node.graph is not None
-    held = {
-        v: ir.val(v.name, v.dtype, v.shape, const_value=v.const_value)
-        for v in node.inputs
-        if v is not None
-    }
+    held: dict[ir.Value, ir.Value] = {}
+    for position, value in enumerate(node.inputs):
+        if value is None:
+            continue
+        array = None if values is None else values[position]
+        tensor = value.const_value if array is None else ir.tensor(array, name=value.name)
+        assert tensor is not None
+        held[value] = ir.val(value.name, tensor.dtype, ir.Shape(tensor.shape), const_value=tensor)
     outputs = [ir.val(v.name, v.dtype) for v in node.outputs]
     operands = [None if v is None else held[v] for v in node.inputs]
     copy = ir.Node(
         node.domain, node.op_type, operands, list(node.attributes.values()),
-        outputs=outputs, name=node.name,
+        outputs=outputs, name=node.name, version=node.version,
     )  # fmt: skip
     graph = ir.Graph(
         [], outputs, nodes=[copy], initializers=list(held.values()),

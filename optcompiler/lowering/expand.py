@@ -198,6 +198,13 @@ def _schema_function(node: ir.Node, facts: Facts) -> Expansion | None:
     inner.graph.remove(nodes)
     for made in nodes:
         made.version = operators.get(made.domain)
+    for place, value in enumerate(node.outputs):
+        # a body's constants may have an axis (Celu's has), which makes one of a scalar's result
+        if value.shape is not None and len(value.shape) == 0 and ends[place].producer() in nodes:
+            none = _constant(np.zeros(0, np.int64))
+            flat = ir.Node("", "Reshape", [ends[place], none.outputs[0]])
+            nodes += [none, flat]
+            ends[place] = flat.outputs[0]
     return nodes, ends
 
 

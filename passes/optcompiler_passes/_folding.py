@@ -29,6 +29,9 @@ _HEAVY = frozenset(
     }
 )  # fmt: skip
 _HEAVY_ELEMENTS = 1 << 16
+GROWTH_BYTES = 1 << 20
+TOTAL_GROWTH_BYTES = 64 << 20
+
 _DATA_DEPENDENT = frozenset({"Compress", "NonZero", "Unique"})
 
 
@@ -113,3 +116,13 @@ class FoldingPolicy:
             return False
         self.grown_bytes += growth
         return True
+
+
+def fold_readers(program: Program) -> None:
+    """Compute nodes of constants, for a pass that has made constants where there were none."""
+    policy = FoldingPolicy(program.graph, GROWTH_BYTES, TOTAL_GROWTH_BYTES)
+    for node in program.graph:
+        held = [v.const_value is not None and not v.is_graph_input() for v in node.inputs if v]
+        if held and all(held):
+            policy(node)
+    policy.settle(program)

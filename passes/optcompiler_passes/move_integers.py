@@ -12,7 +12,8 @@ import onnx_ir as ir
 from optcompiler.errors import Declined
 from optcompiler.program import Program, constant
 from optcompiler.rewriting import Candidate, Decline, Pass, PassContext, Stage
-from optcompiler_passes._regions import DEQUANTIZE, QUANTIZE, is_constant, is_op
+from optcompiler_passes._folding import fold_readers
+from optcompiler_passes._regions import DEQUANTIZE, QUANTIZE, is_op
 
 MOVES = (
     "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice",
@@ -75,6 +76,7 @@ def move(program: Program) -> None:
             changed = True
     if not changed:
         raise Declined("no operator stands between equal pairs.")
+    fold_readers(program)
     program.sweep()
 
 
@@ -132,19 +134,3 @@ def _rewrite(program: Program, node: ir.Node, quantizers: list[ir.Node]) -> None
         )
         program.graph.remove(quantize, safe=True)
     result.name, result.type = name, type_
-    _compute(program, node)
-
-
-def _compute(program: Program, node: ir.Node) -> None:
-    """Put the integers themselves in the place of a node that moves constants alone."""
-    from optcompiler.executor import computed
-
-    if not all(v is None or is_constant(v) for v in node.inputs):
-        return
-    result = node.outputs[0]
-    tensor = computed(node)[0]
-    name = str(result.name)
-    result.name = program.fresh_name(f"{name}_moved")
-    made = program.add_weight(name, tensor)
-    result.replace_all_uses_with(made, replace_graph_outputs=True)
-    program.graph.remove(node, safe=True)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from optcompiler.observers import INTEGER_RANGES, quantize_array
 from optcompiler.program import Program, constant, static_shape
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
+from optcompiler_passes._folding import fold_readers
 from optcompiler_passes._qdq import dequantizer
 
 _LIMIT = float(2**31 - 1)
@@ -33,7 +34,8 @@ class PackWeights(Pass):
 
     Rules:
     1. Every QuantizeLinear whose operands are all constants becomes an initializer holding what the
-       ONNX operator computes; only integer types are folded.
+       ONNX operator computes; only integer types are folded. What reads constants alone then is
+       computed too.
     2. A constant float bias of a Conv, of a Gemm with alpha = beta = 1, or of an Add that alone
        reads a MatMul, becomes int32 with scale s_x * s_w and zero point 0 when data and weight come
        from DequantizeLinear with constant scales, that of the data for the whole tensor. That moves
@@ -89,6 +91,7 @@ def pack(program: Program) -> None:
             changed = True
     if not changed:
         raise Declined("nothing is left to pack.")
+    fold_readers(program)
     program.sweep()
 
 

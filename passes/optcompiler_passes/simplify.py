@@ -21,7 +21,13 @@ from optcompiler.program import (
 )
 from optcompiler.rewriting import Candidate, Decline, Pass, PassContext, Stage
 from optcompiler_passes._control import without_iterations
-from optcompiler_passes._folding import QUANTIZATION, RANDOM, FoldingPolicy
+from optcompiler_passes._folding import (
+    GROWTH_BYTES,
+    QUANTIZATION,
+    RANDOM,
+    TOTAL_GROWTH_BYTES,
+    FoldingPolicy,
+)
 from optcompiler_passes._regions import is_constant, is_op, same_shape
 
 ROUNDS = 8
@@ -67,8 +73,8 @@ class Simplify(Pass):
         "Fold constants, remove what does nothing, share common subexpressions."
     )
 
-    growth_bytes: int = 1 << 20
-    total_growth_bytes: int = 64 << 20
+    growth_bytes: int = GROWTH_BYTES
+    total_growth_bytes: int = TOTAL_GROWTH_BYTES
 
     def propose(self, program: Program, context: PassContext) -> Iterator[Candidate | Decline]:
         trial = program.clone()

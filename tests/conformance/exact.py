@@ -1,8 +1,12 @@
-"""The exact passes of the default pipeline, applied as a compile for ONNX Runtime applies them."""
+"""What a compile for ONNX Runtime does without choosing: the exact passes, lowering and running."""
 
 from __future__ import annotations
 
 import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
 
 from optcompiler import Registry
 from optcompiler.cost import DeviceProfile
@@ -15,9 +19,12 @@ from optcompiler.target import Target
 from tests.support import make_context
 
 PROFILE = DeviceProfile(
-    name="any", backend="onnxruntime", threads=1, mac_rate={"any/fp32": ((1.0, 1e9),)}, flop_rate={"any/fp32": ((1.0, 1e9),)},
+    name="any", backend="onnxruntime", threads=1, mac_rate={"any/fp32": ((1.0, 1e9),)},
+    flop_rate={"any/fp32": ((1.0, 1e9),)},
     bandwidth=((1.0, 1e10),), launch_us=1.0, overhead_us=1.0,
 )  # fmt: skip
+
+TARGET = Target("onnxruntime", threads=1)
 
 
 @functools.cache
@@ -30,16 +37,29 @@ def apply_exact_passes(program: Program, check: Batch) -> tuple[Program, list[st
 
     `check` is the batch on which a compile compares the numbers.
     """
-    target = Target("onnxruntime", threads=1)
     backend = registry().backend("onnxruntime")
     context = make_context(
-        program, capabilities=backend.capabilities(target), precisions=frozenset({"fp32"}),
+        program, capabilities=backend.capabilities(TARGET), precisions=frozenset({"fp32"}),
         calibration=[], holdout=[], ops=registry().ops,
     )  # fmt: skip
     session = Session(
-        program, backend, target, registry().cost_model("roofline"), PROFILE, context, check
+        program, backend, TARGET, registry().cost_model("roofline"), PROFILE, context, check
     )
     for pass_ in resolve(None, registry()):
         if pass_.stage in (Stage.CLEAN, Stage.FUSE):
             program = session.apply_exact(pass_, program)
-    return program, [f"{r.pass_name}: {r.reason}" for r in session.ledger if r.outcome == ROLLED_BACK]
+    return program, [
+        f"{r.pass_name}: {r.reason}" for r in session.ledger if r.outcome == ROLLED_BACK
+    ]
+
+
+def run_by_backend(program: Program, inputs: Batch) -> list[np.ndarray]:
+    """Outputs of the artifact that the backend makes of `program`."""
+    backend = registry().backend("onnxruntime")
+    with tempfile.TemporaryDirectory() as name:
+        info = backend.lower(program, TARGET, Path(name))
+        runner = backend.load(Path(name), info, threads=1)
+        try:
+            return list(runner.run(inputs))
+        finally:
+            runner.close()
