@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 
 from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.frontend import Dynamic, split_examples
+from optcompiler.frontend_operators import translations
 from optcompiler.frontend_trees import children, tree_from_spec
 from optcompiler.importing import program_from_onnx, quiet
 from optcompiler.program import Program
-from optcompiler.signature import Parameter, Signature, Tree
+from optcompiler.signature import LEAVES, Parameter, Signature, Tree
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
@@ -102,7 +103,10 @@ def program_from_exported(
     """
     with torch.no_grad(), quiet(), _tensor_outputs(exported):
         try:
-            converted: Any = torch.onnx.export(exported, dynamo=True, optimize=False, verbose=False)
+            converted: Any = torch.onnx.export(
+                exported, dynamo=True, optimize=False, verbose=False,
+                custom_translation_table=dict(translations()),
+            )  # fmt: skip
         except Exception as error:
             raise _conversion_error(error) from error
     _check_stateless(converted.exported_program)
@@ -397,8 +401,7 @@ def _parameters(
         if isinstance(spec.arg, ConstantArgument):
             leaves.append(Tree("constant", value=_scalar(spec.arg.value)))
         else:
-            kind = "tensor" if isinstance(spec.arg, TensorArgument) else "scalar"
-            leaves.append(Tree(kind, next(counter)))
+            leaves.append(Tree(_kind(exported, spec.arg), next(counter)))
     stream = iter(leaves)
     args_spec, kwargs_spec = children(exported.call_spec.in_spec)
     args = [tree_from_spec(c, stream) for c in children(args_spec)]
@@ -443,9 +446,16 @@ def _result(exported: ExportedProgram) -> Tree:
         if isinstance(spec.arg, ConstantArgument):
             leaves.append(Tree("constant", value=_scalar(spec.arg.value)))
         else:
-            kind = "tensor" if isinstance(spec.arg, TensorArgument) else "scalar"
-            leaves.append(Tree(kind, next(counter)))
+            leaves.append(Tree(_kind(exported, spec.arg), next(counter)))
     return tree_from_spec(exported.call_spec.out_spec, iter(leaves))
+
+
+def _kind(exported: ExportedProgram, argument: Any) -> str:
+    """The kind of `Tree` that stands for one input or output of the traced graph."""
+    if not isinstance(argument, TensorArgument):
+        return "scalar"
+    value = next(n.meta["val"] for n in exported.graph.nodes if n.name == argument.name)
+    return "complex" if value.dtype.is_complex else "tensor"
 
 
 def _scalar(value: Any) -> int | float | str | bool | None:
@@ -469,7 +479,7 @@ def _name_outputs(program: Program, result: Tree) -> None:
 
 
 def _output_names(tree: Tree, prefix: str) -> Iterator[tuple[int, str]]:
-    if tree.kind in ("tensor", "scalar"):
+    if tree.kind in LEAVES:
         yield tree.index, prefix
         return
     for key, item in tree.children():

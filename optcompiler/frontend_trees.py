@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from optcompiler.errors import InputError
-from optcompiler.signature import Tree
+from optcompiler.signature import Tree, is_struct_sequence
 
 
 def tree_from_spec(spec: Any, leaves: Iterator[Tree]) -> Tree:
@@ -29,6 +29,9 @@ def tree_from_spec(spec: Any, leaves: Iterator[Tree]) -> Tree:
     if _namedtuple(spec):
         kind = context
         return Tree("namedtuple", items=items, keys=tuple(kind._fields), type=reference(kind))
+    if is_struct_sequence(kind):
+        names = kind.__match_args__[: len(items)]
+        return Tree("namedtuple", items=items, keys=names, type=reference(kind))
     names, absent = _field_names(kind, context)
     if len(names) != len(items):
         raise InputError(

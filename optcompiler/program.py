@@ -237,14 +237,15 @@ class Program:
     def content_hash(self) -> str:
         """SHA-256 over the structure and the bytes of every weight; provenance does not count."""
         digest = hashlib.sha256()
-        for line in self._structure():
+        for line in self.structure():
             digest.update(line.encode())
             digest.update(b"\n")
         for name, tensor in sorted(self.weights().items()):
             digest.update(f"{name}:{tensor_hash(tensor)}\n".encode())
         return digest.hexdigest()
 
-    def _structure(self) -> Iterator[str]:
+    def structure(self) -> Iterator[str]:
+        """All but the weights, line by line."""
         yield f"opset {sorted(self.graph.opset_imports.items())}"
         yield from (f"in {p}" for p in self.inputs)
         yield from (f"out {p}" for p in self.outputs)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Scalar = int | float | str | bool | None
 
+LEAVES = ("tensor", "complex", "scalar")
+"""Kinds of `Tree` that stand for one input or output of the program."""
+
 _CONTAINERS = {"tuple", "list", "dict", "namedtuple", "object"}
 
 
@@ -26,8 +29,9 @@ _CONTAINERS = {"tuple", "list", "dict", "namedtuple", "object"}
 class Tree:
     """The structure of an argument or a result, without the arrays in it.
 
-    `kind` is "tensor" (`index` counts the program's inputs or outputs), "scalar" (the same, a
-    Python number on the caller's side), "constant" (`value`), or a container: "tuple", "list",
+    `kind` is "tensor" (`index` counts the program's inputs or outputs), "complex" (the same, its
+    real and imaginary parts the program's last axis), "scalar" (the same, a Python number on the
+    caller's side), "constant" (`value`), or a container: "tuple", "list",
     "dict" and "object" with `keys`, "namedtuple" with `keys` as its fields. `type` says which class
     a namedtuple or object is, as "module:name".
     """
@@ -170,8 +174,12 @@ class Signature:
         checked: dict[str, np.ndarray] = {}
         for port in self.inputs:
             array = as_array(arrays[port.name], port)
-            _check_shape(array.shape, port, sizes)
-            checked[port.name] = array if array.flags.c_contiguous else array.copy(order="C")
+            if port.kind == "tensor":
+                _check_shape(array.shape, port, sizes)
+            if not isinstance(array, np.ndarray) or array.flags.c_contiguous:  # pyright: ignore[reportUnnecessaryIsInstance]
+                checked[port.name] = array
+            else:
+                checked[port.name] = array.copy(order="C")
         return checked
 
     def restore(self, outputs: Sequence[np.ndarray], like_torch: bool) -> Any:
@@ -228,8 +236,11 @@ def _is_torch_type(kind: type) -> bool:
 def as_array(value: Any, port: Port) -> np.ndarray:
     """`value` as an array of the port's dtype, sharing memory where it is a CPU tensor or array.
 
-    Python numbers are taken for ports of rank 0. Raises `InputError` for another dtype.
+    Python numbers are taken for ports of rank 0, and complex numbers for ports that hold their
+    real and imaginary parts on a last axis of length 2. Raises `InputError` for another dtype.
     """
+    if port.kind.endswith("sequence") or (port.kind.startswith("optional") and value is None):
+        return cast("np.ndarray", value)  # a list of arrays, or None: handed on as it is
     expected = _dtype(port.dtype)
     if type(value) is np.ndarray and value.dtype is expected:
         return value
@@ -246,6 +257,8 @@ def as_array(value: Any, port: Port) -> np.ndarray:
             f"input {port.name!r} is a {type(value).__name__}, {port} expected; "
             f"give a torch tensor or a numpy array."
         )
+    if array.dtype.kind == "c" and expected.kind == "f":
+        array = np.ascontiguousarray(array)[..., None].view(f"f{array.dtype.itemsize // 2}")
     if array.dtype != expected and array.dtype.newbyteorder("=") != expected:
         if expected == np.dtype(object) and array.dtype.kind in "US":
             return array.astype(object)
@@ -275,6 +288,12 @@ def _from_torch(value: Any) -> np.ndarray:
             f"a {tensor.layout} tensor of {tensor.dtype} has no numpy form ({error}); "
             f"convert it first."
         ) from error
+
+
+def _from_pairs(array: np.ndarray) -> np.ndarray:
+    """Complex numbers of pairs (real, imaginary) on the last axis."""
+    wide = array if array.dtype.itemsize >= 4 else array.astype(np.float32)
+    return np.ascontiguousarray(wide).view(f"c{2 * wide.dtype.itemsize}")[..., 0]
 
 
 def _to_torch(array: np.ndarray) -> Any:
@@ -313,13 +332,13 @@ def _check_shape(shape: tuple[int, ...], port: Port, sizes: dict[str, tuple[int,
 
 
 def _indices(tree: Tree) -> list[int]:
-    if tree.kind in ("tensor", "scalar"):
+    if tree.kind in LEAVES:
         return [tree.index]
     return [i for item in tree.items for i in _indices(item)]
 
 
 def _flatten(tree: Tree, value: Any, where: str, leaves: dict[int, Any]) -> None:
-    if tree.kind in ("tensor", "scalar"):
+    if tree.kind in LEAVES:
         leaves[tree.index] = value
     elif tree.kind == "constant":
         if is_torch(value) or isinstance(value, np.ndarray) or value != tree.value:
@@ -368,8 +387,10 @@ def _unflatten(tree: Tree, outputs: Sequence[np.ndarray], like_torch: bool) -> A
         return tree.value
     if tree.kind == "scalar":
         return outputs[tree.index].item()
-    if tree.kind == "tensor":
+    if tree.kind in ("tensor", "complex"):
         array = outputs[tree.index]
+        if tree.kind == "complex":
+            array = _from_pairs(array)
         return _to_torch(array) if like_torch else array
     items = [_unflatten(item, outputs, like_torch) for item in tree.items]
     if tree.kind == "tuple":
@@ -380,10 +401,17 @@ def _unflatten(tree: Tree, outputs: Sequence[np.ndarray], like_torch: bool) -> A
     made = _loaded_class(tree.type) if tree.type else None
     if made is None or tree.kind == "dict":
         return fields
+    if is_struct_sequence(made):
+        return made(items)
     try:
         return made(**{str(k): v for k, v in fields.items()})
     except (TypeError, ValueError):
         return fields
+
+
+def is_struct_sequence(kind: type) -> bool:
+    """Whether instances are named tuples made in C, as what `torch.max(x, dim)` returns."""
+    return issubclass(kind, tuple) and hasattr(kind, "n_sequence_fields")
 
 
 def _loaded_class(reference: str) -> type | None:
@@ -401,11 +429,12 @@ def _loaded_class(reference: str) -> type | None:
 
 
 def _port_json(port: Port) -> dict[str, Any]:
-    return {"name": port.name, "dtype": port.dtype, "shape": list(port.shape)}
+    plain = {"name": port.name, "dtype": port.dtype, "shape": list(port.shape)}
+    return plain if port.kind == "tensor" else plain | {"kind": port.kind}
 
 
 def _port_from_json(json: Mapping[str, Any]) -> Port:
-    return Port(json["name"], json["dtype"], tuple(json["shape"]))
+    return Port(json["name"], json["dtype"], tuple(json["shape"]), json.get("kind", "tensor"))
 
 
 def _names(parameters: Sequence[Parameter]) -> str:

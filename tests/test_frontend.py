@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import nn
 
+from optcompiler import compile
 from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.frontend import import_model
 from optcompiler.frontend_torch import no_pickle
+from optcompiler.ops import aten
 from optcompiler.program import SOURCE_KEY, Program
 from tests.support import run_onnx
 
@@ -367,10 +369,38 @@ def test_models_that_cannot_be_traced_or_converted():
 
     class Exotic(nn.Module):
         def forward(self, x):
-            return torch.linalg.lu_factor(x)[0]
+            return x.to_sparse().to_dense()
 
-    with pytest.raises(UnsupportedOperatorError, match="lu_factor"):
+    with pytest.raises(UnsupportedOperatorError, match="_to_sparse"):
         import_model(Exotic(), (torch.eye(3),))
+
+
+def test_an_operator_without_an_onnx_form_stays_itself():
+    class Factors(nn.Module):
+        def forward(self, x):
+            return torch.linalg.lu_factor(x)[0], torch.linalg.eigvals(x)
+
+    x = torch.randn(3, 3)
+    imported = import_model(Factors(), (x,))
+    nodes = {n.op_type: n.domain for n in imported.program.graph}
+    assert nodes["linalg_lu_factor_ex"] == nodes["linalg_eig"] == aten.DOMAIN
+    outputs = imported.program.to_torch()(x)
+    same(imported.signature.restore([o.detach().numpy() for o in outputs], True), Factors()(x))
+    with pytest.raises(UnsupportedOperatorError, match=r"aten::linalg_lu_factor_ex of node"):
+        compile(Factors(), (x,), target="onnxruntime", precision="fp32")
+
+
+def test_named_tuples_of_torch_and_complex_numbers_come_back_as_they_were():
+    class Spectrum(nn.Module):
+        def forward(self, x, z):
+            return torch.fft.fft(x) * z, torch.max(x, dim=0)
+
+    x, z = torch.randn(3, 4), torch.randn(4, dtype=torch.complex64)
+    imported = import_model(Spectrum(), (x, z))
+    got, wanted = call(imported, x, z), Spectrum()(x, z)
+    assert got[0].dtype == torch.complex64
+    assert type(got[1]) is torch.return_types.max
+    same(got, wanted)
 
 
 def test_nan_weights_are_refused():

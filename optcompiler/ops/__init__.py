@@ -29,6 +29,7 @@ def builtin_specs() -> tuple[OpSpec, ...]:
     """Declarations of the ONNX operators that the compiler knows. Imports torch."""
     from optcompiler.ops import (
         activation,
+        aten,
         attention,
         contraction,
         detection,
@@ -49,6 +50,7 @@ def builtin_specs() -> tuple[OpSpec, ...]:
 
     families = (
         activation,
+        aten,
         attention,
         contraction,
         detection,
