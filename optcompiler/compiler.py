@@ -19,6 +19,7 @@ from optcompiler.batching import Batched
 from optcompiler.binding import resolved
 from optcompiler.budget import Budget
 from optcompiler.compiled import Compiled
+from optcompiler.contract import protected, protected_batch
 from optcompiler.errors import GateError, InputError, OptcompilerError
 from optcompiler.executor import to_torch
 from optcompiler.finish import Built
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 WEIGHING_SAMPLES = 8
 """Samples on which one candidate alone is damaged; the plan as a whole is judged on all."""
 
+DEFAULT_COST_MODEL = "roofline"
+
 Precision = str
 
 
@@ -54,10 +57,13 @@ def compile(
     passes: Iterable[str | Pass | type[Pass]] | None = None,
     dynamic: Any = None,
     damage: str = "kl",
-    cost_model: str = "roofline",
+    cost_model: str = DEFAULT_COST_MODEL,
     seed: int = 0,
     registry: Registry | None = None,
     progress: Progress | None = None,
+    on_fault: str = "continue",
+    time_limit_s: float | None = None,
+    reproducers: str | Path | None = None,
 ) -> Compiled:
     """Compile `model` for `target` inside `budget`.
 
@@ -68,6 +74,10 @@ def compile(
     .npz files, or None.
     `passes`: None for the default pipeline, else names (with options), passes, or "default".
     `dynamic`: dimensions that stay symbolic, see `frontend.import_model`. `damage`: "kl" or "nmse".
+    `on_fault`: when a pass breaks its contract the compile goes on without it and a
+    `QuarantineWarning` ("continue"), or stops with a `PluginError` ("stop"). `time_limit_s`: what
+    proposing, and each rewrite, may take per thousand nodes, in place of what the passes declare.
+    `reproducers`: where such faults are written, by default in the user's cache.
 
     Raises `InputError`, `UnsupportedOperatorError`, `ToolchainError` or `PluginError` for what
     cannot be compiled, and `GateError` when the budget cannot be met; the error's `compiled` then
@@ -77,7 +87,8 @@ def compile(
         model, example_inputs, target=target, precision=precision, calibration=calibration,
         budget=budget or Budget(), passes=passes, dynamic=dynamic, damage=damage,
         cost_model=cost_model, seed=seed, registry=registry or Registry(),
-        progress=progress or Silent(),
+        progress=progress or Silent(), on_fault=on_fault, time_limit_s=time_limit_s,
+        reproducers=reproducers,
     )  # fmt: skip
     return job.run()
 
@@ -101,14 +112,17 @@ class _Job:
     def prepare(
         cls, model: Any, example_inputs: Any, *, target: str | Target, precision: str,
         calibration: Any, budget: Budget, passes: Any, dynamic: Any, damage: str, cost_model: str,
-        seed: int, registry: Registry, progress: Progress,
+        seed: int, registry: Registry, progress: Progress, on_fault: str,
+        time_limit_s: float | None, reproducers: str | Path | None,
     ) -> _Job:  # fmt: skip
         from optcompiler.calibration import load_calibration, split_holdout
         from optcompiler.frontend import import_model
 
         start = time.perf_counter()
+        if on_fault not in ("continue", "stop"):
+            raise InputError(f'on_fault is {on_fault!r}; it is "continue" or "stop".')
         target = Target.parse(target)
-        backend = registry.backend(target.backend)
+        backend = registry.guarded_backend(target.backend)
         capabilities = backend.capabilities(target)
         precisions = allowed_precisions(precision, capabilities, target)
         chosen = pipeline.resolve(passes, registry)
@@ -117,7 +131,9 @@ class _Job:
         teacher, signature = imported.program, imported.signature
         if not capabilities.any_port:
             require_tensors(teacher, f"target {target}")
+        teacher = protected(teacher)
         batches = load_calibration(calibration, signature, note=progress.note)
+        batches = [protected_batch(b) for b in batches]
         if precision not in ("auto", "fp32") and not batches:
             raise InputError(
                 f"precision {precision} needs calibration data; pass calibration=... (a few "
@@ -128,21 +144,25 @@ class _Job:
         tune, holdout = split_holdout(batches)
         imported_at = time.perf_counter()
         profile = device.profile_for(backend, target, progress=progress)
-        check = batches[0] if batches else _example(imported, example_inputs)
+        check = batches[0] if batches else protected_batch(_example(imported, example_inputs))
         context = PassContext(
-            target=target, capabilities=capabilities, precisions=precisions, teacher=teacher,
-            calibration=tune, holdout=holdout, ops=registry.ops, seed=seed, progress=progress,
-            kernels=lambda p: backend.kernels(p, target), price_us=lambda p: float("nan"),
-            observers=registry.observers,
+            target=target, capabilities=capabilities, precisions=precisions,
+            teacher=teacher.clone(), calibration=tune, holdout=holdout, ops=registry.ops,
+            seed=seed, progress=progress, kernels=lambda p: backend.kernels(p, target),
+            price_us=lambda p: float("nan"), observers=registry.observers,
         )  # fmt: skip
-        session = Session(teacher, backend, target, pricing, profile, context, check)
+        session = Session(
+            teacher, backend, target, pricing, profile, context, check, on_fault=on_fault,
+            owners={p.name: registry.owner_of_pass(p) for p in chosen}, time_limit_s=time_limit_s,
+            reproducers=Path(reproducers or device.cache_directory() / "reproducers"),
+        )  # fmt: skip
         session.context = replace(context, price_us=session.price_us)
         options = {
             "target": str(target), "precision": precision, "budget": budget.describe(),
             "damage": damage, "seed": seed, "cost_model": cost_model,
             "calibration_samples": sum(_samples(b) for b in batches),
             "passes": [
-                {"name": p.name, "options": p.options(), "owner": registry.owner_of_pass(p.name)}
+                {"name": p.name, "options": p.options(), "owner": registry.owner_of_pass(p)}
                 for p in chosen
             ],
         }  # fmt: skip
@@ -352,13 +372,14 @@ class _Job:
         contents = artifact.Contents(
             program=final.program, teacher_hash=session.teacher.content_hash(),
             target=session.target, backend_info=final.info, signature=signature,
-            ledger=session.ledger, options=self.options, versions=self._versions(),
+            ledger=session.ledger, options=self._options(), versions=self._versions(),
             measurements=measurements,
         )  # fmt: skip
         final.runner.close()
+        backend = self.registry.backend(session.target.backend)
         directory = Path(tempfile.mkdtemp(prefix="optcompiler-"))
         artifact.assemble(final.code, contents, directory)
-        compiled = Compiled(directory, session.backend, owned=True, program=final.program)
+        compiled = Compiled(directory, backend, owned=True, program=final.program)
         failed = [g for g in gates if not g["passed"]]
         if failed:
             raise GateError(
@@ -368,6 +389,11 @@ class _Job:
                 compiled,
             )
         return compiled
+
+    def _options(self) -> dict[str, Any]:
+        """The options, and which passes of those did not last."""
+        faults = [f.record() for f in self.session.faults.values()]
+        return self.options | ({"quarantined": faults} if faults else {})
 
     def _artifact_damage(self, final: Built) -> float | None:
         if not self.batches:
@@ -406,6 +432,28 @@ class _Job:
             except PackageNotFoundError:
                 continue
         return found | dict(self.session.backend.versions())
+
+
+def session_for(
+    program: Program, registry: Registry, *, target: str, precisions: frozenset[str], batch: Batch,
+    calibrated: bool, seed: int,
+) -> Session:  # fmt: skip
+    """A session outside of a compile, on one batch; priced by the data sheet where there is one."""
+    aim = Target.parse(target)
+    backend = registry.guarded_backend(aim.backend)
+    batch = protected_batch(batch)
+    given = [batch] if calibrated else []
+    profile = backend.nominal_profile(aim) or device.profile_for(backend, aim)
+    context = PassContext(
+        target=aim, capabilities=backend.capabilities(aim), precisions=precisions,
+        teacher=program.clone(), calibration=given, holdout=given, ops=registry.ops, seed=seed,
+        progress=Silent(), kernels=lambda p: backend.kernels(p, aim),
+        price_us=lambda p: float("nan"), observers=registry.observers,
+    )  # fmt: skip
+    cost_model = registry.cost_model(DEFAULT_COST_MODEL)
+    session = Session(protected(program), backend, aim, cost_model, profile, context, batch)
+    session.context = replace(context, price_us=session.price_us)
+    return session
 
 
 def allowed_precisions(

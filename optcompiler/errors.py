@@ -59,6 +59,28 @@ class PluginError(OptcompilerError):
     exit_code = 5
 
 
+class PassFault(PluginError):
+    """A pass broke its contract while it proposed or rewrote.
+
+    `kind` is one of `FAULTS`. The driver undoes the patch and goes on without the pass.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+RAISED, OVERTIME, NONSENSE, INVALID, NUMBERS = FAULTS = (
+    "raised", "time limit", "nonsense", "invalid program", "numbers",
+)  # fmt: skip
+"""An exception from the pass; it took too long; candidates that are none; a rewrite that left an
+invalid program or another interface; outputs that differ by more than declared."""
+
+
+class QuarantineWarning(UserWarning):
+    """A compile goes on without a pass that broke its contract."""
+
+
 class Declined(OptcompilerError):
     """Raised by a rewrite that finds, on the program in front of it, that it does not apply.
 

@@ -11,10 +11,12 @@ DECLINED = "declined"
 REJECTED = "rejected"
 ROLLED_BACK = "rolled back"
 REVERTED = "reverted"
+QUARANTINED = "quarantined"
 
-OUTCOMES = (TAKEN, DECLINED, REJECTED, ROLLED_BACK, REVERTED)
+OUTCOMES = (TAKEN, DECLINED, REJECTED, ROLLED_BACK, REVERTED, QUARANTINED)
 """`taken`: in the artifact. `declined`: the pass saw no way. `rejected`: the planner left it out.
-`rolled back`: verification failed. `reverted`: taken, then undone because it measured slower or
+`rolled back`: verification failed. `quarantined`: not tried, because the pass had failed before.
+`reverted`: taken, then undone because it measured slower or
 the budget was overrun."""
 
 

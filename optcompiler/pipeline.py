@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import networkx as nx
 
@@ -104,6 +104,26 @@ def _construct(cls: type[Pass], options: dict[str, str]) -> Pass:
         raise
     except Exception as error:
         raise PluginError(f"pass {cls.name} cannot be constructed: {error}.") from error
+
+
+def from_options(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
+    """A pass with the options that `Pass.options` gave, read back from JSON.
+
+    Raises `InputError` for one that this version of the pass does not have, or that was a function.
+    """
+    known = {f.name for f in fields(cls)}  # pyright: ignore[reportArgumentType]
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in known:
+            raise InputError(f"pass {cls.name}: it has no option {key!r} in this version.")
+        if typing.get_origin(hints[key]) is tuple and isinstance(value, list):
+            value = tuple(cast("list[Any]", value))
+        values[key] = value
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"pass {cls.name}: options {values} do not fit: {error}.") from error
 
 
 def parse_value(text: str, hint: Any) -> Any:

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 
 from optcompiler.budget import Budget
 from optcompiler.damage import Judge
-from optcompiler.errors import Declined, VerificationError
-from optcompiler.ledger import DECLINED, REJECTED, ROLLED_BACK, TAKEN, Row
+from optcompiler.errors import Declined, PassFault, PluginError, VerificationError
+from optcompiler.ledger import DECLINED, QUARANTINED, REJECTED, ROLLED_BACK, TAKEN, Row
 from optcompiler.program import Program
-from optcompiler.rewriting import Candidate, Pass, Stage
-from optcompiler.session import Scorer, Session
+from optcompiler.rewriting import Candidate, Pass, Stage, guarded
+from optcompiler.session import Refusal, Scorer, Session
 
 PROBES = 6
 """Most prefixes that one search tries."""
@@ -107,7 +107,8 @@ class Planner:
         """
         session = self.session
         offers = self._offers(base)
-        useful = sorted((o for o in offers if o.saving_us > 0), key=lambda o: (o.rank, o.key))
+        sound = [o for o in offers if o.pass_.name not in session.faults]
+        useful = sorted((o for o in sound if o.saving_us > 0), key=lambda o: (o.rank, o.key))
         best = self._empty(base)
         if useful:
             best = self._finished(self._search(base, useful, best))
@@ -117,6 +118,8 @@ class Planner:
                 outcome, reason = best.refused[offer.key]
             elif offer.key in taken:
                 outcome, reason = TAKEN, "inside the budget"
+            elif offer.pass_.name in session.faults:
+                outcome, reason = self._fault_of(offer)
             elif offer.saving_us <= 0:
                 outcome, reason = REJECTED, "predicted no faster"
             elif any(o.site == offer.site for o in best.chosen):
@@ -136,6 +139,12 @@ class Planner:
                 session.ledger.add(Row(tuner.name, "program", "-", DECLINED, why, exact=False))
         return best
 
+    def _fault_of(self, offer: Offer) -> tuple[str, str]:
+        fault = self.session.faults[offer.pass_.name]
+        if (fault.site, fault.choice) == (offer.candidate.site, offer.candidate.choice):
+            return ROLLED_BACK, fault.reason
+        return QUARANTINED, f"{offer.pass_.name} broke its contract elsewhere"
+
     _limit_text = "the budget was spent on candidates that save more for less damage"
 
     # -- offers -----------------------------------------------------------------------------
@@ -148,18 +157,17 @@ class Planner:
             pending += [(pass_, c) for c in session.propose(pass_, base)]
         price = session.price_us(base)
         for pass_, candidate in session.progress.track(pending, "weighing candidates"):
+            patch = session.attempt(pass_, candidate, base)
+            if isinstance(patch, Refusal):
+                row = session.row(pass_, candidate, patch.outcome, patch.reason)
+                session.ledger.add(row)
+                continue
             try:
-                patch = session.patch(pass_, candidate, base)
-            except Declined as reason:
-                session.ledger.add(session.row(pass_, candidate, DECLINED, str(reason)))
+                damage = session.damage_of(self.quick, pass_, candidate, patch)
+            except PassFault as fault:
+                reason = session.quarantine(pass_, fault, base, candidate)
+                session.ledger.add(session.row(pass_, candidate, ROLLED_BACK, reason))
                 continue
-            except VerificationError as error:
-                session.ledger.add(session.row(pass_, candidate, ROLLED_BACK, str(error)))
-                continue
-            if patch.empty:
-                session.ledger.add(session.row(pass_, candidate, DECLINED, "it changed nothing"))
-                continue
-            damage = self.quick.damage(patch.after)
             priced.append(Offer(pass_, candidate, price - session.price_us(patch.after), damage))
         return self._priced_together(base, priced)
 
@@ -169,18 +177,25 @@ class Planner:
         deepest = list({o.site: o for o in joint}.values())
         if len(deepest) < 2:
             return offers
-        everything, _ = self._apply(base, [(o.pass_, o.candidate) for o in deepest])
-        full = self.session.price_us(everything)
+        full = self._price(base, deepest)
         savings: dict[Key, float] = {}
         for offer in self.session.progress.track(joint, "pricing candidates together"):
             others = [o for o in deepest if o.site != offer.site]
-            without, _ = self._apply(base, [(o.pass_, o.candidate) for o in others])
-            with_it = full
-            if offer not in deepest:
-                pairs = [(o.pass_, o.candidate) for o in (*others, offer)]
-                with_it = self.session.price_us(self._apply(base, pairs)[0])
-            savings[offer.key] = self.session.price_us(without) - with_it
+            with_it = full if offer in deepest else self._price(base, [*others, offer])
+            savings[offer.key] = self._price(base, others) - with_it
         return [replace(o, saving_us=savings.get(o.key, o.saving_us)) for o in offers]
+
+    def _price(self, base: Program, offers: Sequence[Offer]) -> float:
+        """Predicted microseconds with these offers; infinite when together they are no program."""
+        program, _ = self._apply(base, [(o.pass_, o.candidate) for o in offers])
+        try:
+            return self.session.price_us(program)
+        except PluginError:
+            try:
+                program.verify()
+            except VerificationError:
+                return float("inf")
+            raise
 
     def _apply(
         self, program: Program, pairs: Sequence[tuple[Pass, Candidate]]
@@ -188,11 +203,21 @@ class Planner:
         """Apply candidates one after another to one private copy, for pricing; no verification."""
         refused: dict[Key, tuple[str, str]] = {}
         copy = program.clone()
-        for pass_, candidate in pairs:
+        for index, (pass_, candidate) in enumerate(pairs):
+            key = (pass_.name, candidate.site, candidate.choice)
+            if pass_.name in self.session.faults:
+                refused[key] = (QUARANTINED, f"{pass_.name} broke its contract elsewhere")
+                continue
+            label = f"{pass_.name}[{candidate.site}={candidate.choice}]: the rewrite"
+            seconds = self.session.seconds(pass_, program)
             try:
-                candidate.rewrite(copy)
+                guarded(label, seconds, lambda c=candidate: c.rewrite(copy))
             except Declined as reason:
-                refused[pass_.name, candidate.site, candidate.choice] = (DECLINED, str(reason))
+                refused[key] = (DECLINED, str(reason))
+            except PassFault as fault:
+                before, _ = self._apply(program, pairs[:index])
+                self.session.quarantine(pass_, fault, before, candidate)
+                return self._apply(program, pairs)
         return copy, refused
 
     # -- search -----------------------------------------------------------------------------
@@ -227,8 +252,7 @@ class Planner:
         if goal is None:
             return len(order)
         for count in range(len(order) + 1):
-            pairs = [(o.pass_, o.candidate) for o in _deepest(order[:count])]
-            if self.session.price_us(self._apply(base, pairs)[0]) <= 1000 * goal:
+            if self._price(base, _deepest(order[:count])) <= 1000 * goal:
                 self._ceiling = max(count, 1)
                 return count
         return len(order)
@@ -240,7 +264,12 @@ class Planner:
     def _probe(self, base: Program, prefix: Sequence[Offer]) -> Probe:
         chosen = _deepest(prefix)
         program, refused = self._realise(base, chosen)
-        damage = self.judge.damage(program)
+        try:
+            damage = self.judge.damage(program)
+        except Exception as error:
+            why = f"together they cannot be run: {type(error).__name__}: {error}"
+            self.session.progress.note(f"{len(chosen)} lossy candidates: {why}")
+            return Probe((), base, float("inf"), None, False, why, refused)
         tuned: list[Tuned] = []
         holds, why, score = self._within(program, damage)
         if not holds and self.tuners:
@@ -278,15 +307,18 @@ class Planner:
         tuned: list[Tuned] = []
         for tuner in self.tuners:
             for candidate in self.session.propose(tuner, program, record=False):
-                try:
-                    after = self.session.patch(tuner, candidate, program).after
-                except (Declined, VerificationError) as error:
-                    self.session.progress.note(f"{tuner.name}: {error}")
+                patch = self.session.attempt(tuner, candidate, program)
+                if isinstance(patch, Refusal):
+                    self.session.progress.note(f"{tuner.name}: {patch.reason}")
                     continue
-                changed = self.judge.damage(after)
+                try:
+                    changed = self.session.damage_of(self.judge, tuner, candidate, patch)
+                except PassFault as fault:
+                    self.session.quarantine(tuner, fault, program, candidate)
+                    continue
                 tuned.append((tuner, candidate, damage, changed, changed < damage))
                 if changed < damage:
-                    program, damage = after, changed
+                    program, damage = patch.after, changed
         return program, damage, tuned
 
     def _realise(
@@ -308,12 +340,11 @@ class Planner:
                 if key not in found:
                     refused[key] = (DECLINED, "no longer offered after earlier candidates")
                     continue
-                try:
-                    program = session.patch(pass_, found[key], program).after
-                except Declined as reason:
-                    refused[key] = (DECLINED, str(reason))
-                except VerificationError as error:
-                    refused[key] = (ROLLED_BACK, str(error))
+                patch = session.attempt(pass_, found[key], program)
+                if isinstance(patch, Refusal):
+                    refused[key] = (patch.outcome, patch.reason)
+                else:
+                    program = patch.after
         return program, refused
 
     def _within(self, program: Program, damage: float) -> tuple[bool, str, float | None]:

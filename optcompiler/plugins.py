@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
 from optcompiler import hookspecs
+from optcompiler._version import __version__
 from optcompiler.errors import InputError, PluginError
+from optcompiler.overtime import TimeIsUp, within
 
 if TYPE_CHECKING:
     from optcompiler.backend import Backend
@@ -24,6 +27,13 @@ if TYPE_CHECKING:
 GROUP = "optcompiler"
 LOAD_VARIABLE = "OPTCOMPILER_LOAD_PLUGINS"
 
+LIMIT_S = 60.0
+"""What the import of a plugin, and each of its hooks, may take."""
+
+MOST_ITEMS = 10_000
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -34,8 +44,15 @@ class Loaded:
     version: str
     plugin: Any
 
+    @property
+    def owner(self) -> str:
+        return f"{self.distribution} {self.version}"
+
     def __str__(self) -> str:
-        return f"{self.name} ({self.distribution} {self.version})"
+        return f"{self.name} ({self.owner})"
+
+
+OWN = Loaded("built in", "optcompiler", __version__, None)
 
 
 class Registry:
@@ -70,16 +87,22 @@ class Registry:
             method = getattr(loaded.plugin, hook, None)
             if method is None or self.manager.parse_hookimpl_opts(loaded.plugin, hook) is None:
                 continue
-            try:
-                items = list(method())
-            except Exception as error:
-                raise PluginError(
-                    f"plugin {loaded}: {hook} raised {type(error).__name__}: {error}."
-                ) from error
-            for item in items:
+
+            def collect(method: Callable[[], Iterable[Any]] = method) -> list[Any]:
+                found: list[Any] = []
+                for item in method():
+                    found.append(item)
+                    if len(found) > MOST_ITEMS:
+                        raise ValueError(f"it gives more than {MOST_ITEMS} items")
+                return found
+
+            for item in _watched(f"plugin {loaded}: {hook}", collect):
                 yield loaded, item
 
-    def _named(self, hook: str, kind: str) -> dict[str, tuple[Loaded, Any]]:
+    def _named(
+        self, hook: str, kind: str, base: type, *, classes: bool = False
+    ) -> dict[str, tuple[Loaded, Any]]:
+        """What the plugins give, by name: instances of `base`, or with `classes` subclasses."""
         found: dict[str, tuple[Loaded, Any]] = {}
         for loaded, item in self._call(hook):
             name = getattr(item, "name", None)
@@ -91,6 +114,11 @@ class Registry:
                     f"uninstall one, or choose with {LOAD_VARIABLE}."
                 )
             found[name] = (loaded, item)
+        for loaded, item in found.values():
+            fits = (isinstance(item, type) and issubclass(item, base)) == classes
+            if not fits or not (classes or isinstance(item, base)):
+                wanted = f"a subclass of {base.__name__}" if classes else f"a {base.__name__}"
+                raise PluginError(f"plugin {loaded}: {hook} gave {item!r}, which is not {wanted}.")
         return found
 
     @cached_property
@@ -100,7 +128,17 @@ class Registry:
 
     @cached_property
     def _passes(self) -> dict[str, tuple[Loaded, type[Pass]]]:
-        return self._named("optcompiler_passes", "pass")
+        from optcompiler.rewriting import Pass, Stage
+
+        found = self._named("optcompiler_passes", "pass", Pass, classes=True)
+        for name, (loaded, cls) in found.items():
+            if not is_dataclass(cls) or not isinstance(getattr(cls, "stage", None), Stage):
+                raise PluginError(
+                    f"plugin {loaded}: pass {name!r} is not a dataclass with a Stage as `stage`."
+                )
+            if inspect.isabstract(cls):
+                raise PluginError(f"plugin {loaded}: pass {name!r} does not define `propose`.")
+        return found
 
     @cached_property
     def backends(self) -> dict[str, Backend]:
@@ -108,36 +146,73 @@ class Registry:
 
     @cached_property
     def _backends(self) -> dict[str, tuple[Loaded, Backend]]:
-        return self._named("optcompiler_backends", "backend")
+        from optcompiler.backend import Backend
+
+        return self._named("optcompiler_backends", "backend", Backend)
 
     @cached_property
     def cost_models(self) -> dict[str, CostModel]:
-        from optcompiler.cost import RooflineCostModel
+        return {k: v for k, (_, v) in self._cost_models.items()}
 
-        found = self._named("optcompiler_cost_models", "cost model")
-        models: dict[str, CostModel] = {RooflineCostModel.name: RooflineCostModel()}
-        return models | {k: v for k, (_, v) in found.items()}
+    @cached_property
+    def _cost_models(self) -> dict[str, tuple[Loaded, CostModel]]:
+        from optcompiler.cost import CostModel, RooflineCostModel
+
+        own = RooflineCostModel()
+        found = self._named("optcompiler_cost_models", "cost model", CostModel)
+        if own.name in found:
+            raise PluginError(
+                f"cost model {own.name!r} is built in, and claimed by {found[own.name][0]}; "
+                f"uninstall it, or choose with {LOAD_VARIABLE}."
+            )
+        return {own.name: (OWN, own), **found}
 
     @cached_property
     def observers(self) -> dict[str, type[Observer]]:
-        return {k: v for k, (_, v) in self._named("optcompiler_observers", "observer").items()}
+        from optcompiler.guarding import guarded_observer
+        from optcompiler.observers import Observer
+
+        found = self._named("optcompiler_observers", "observer", Observer, classes=True)
+        return {k: guarded_observer(v, o.owner) for k, (o, v) in found.items()}
 
     @cached_property
     def ops(self) -> OpTable:
         """Built-in operators and those of plugins."""
-        from optcompiler.ops import OpTable, builtin_specs
+        from optcompiler.ops import OpSpec, OpTable, builtin_specs
 
-        return OpTable([*builtin_specs(), *(spec for _, spec in self._call("optcompiler_ops"))])
+        owners = {spec.key: OWN for spec in builtin_specs()}
+        specs: list[OpSpec] = [*builtin_specs()]
+        for loaded, spec in self._call("optcompiler_ops"):
+            if not isinstance(spec, OpSpec):
+                raise PluginError(f"plugin {loaded}: optcompiler_ops gave {spec!r}, no OpSpec.")
+            if spec.key in owners:
+                raise PluginError(
+                    f"operator {spec.domain}::{spec.op_type} is declared twice, by "
+                    f"{owners[spec.key]} and {loaded}; uninstall one, or choose with "
+                    f"{LOAD_VARIABLE}."
+                )
+            owners[spec.key] = loaded
+            specs.append(spec)
+        return OpTable(specs)
 
     @cached_property
     def domains(self) -> frozenset[str]:
         """Domains of the operators that plugins declare; asks no built-in one, so stays light."""
         return frozenset(spec.domain for _, spec in self._call("optcompiler_ops"))
 
-    def owner_of_pass(self, name: str) -> str:
-        """`distribution version` of the plugin with the pass, "-" for one given in Python."""
-        entry = self._passes.get(name)
-        return f"{entry[0].distribution} {entry[0].version}" if entry else "-"
+    def owner_of_pass(self, pass_: str | Pass) -> str:
+        """`distribution version` of the plugin with the pass; for one given in Python, where its
+        class is defined, and "-" for a name that nobody has."""
+        entry = self._passes.get(pass_ if isinstance(pass_, str) else pass_.name)
+        if isinstance(pass_, str):
+            return entry[0].owner if entry else "-"
+        if entry and isinstance(pass_, entry[1]):
+            return entry[0].owner
+        return f"{type(pass_).__module__}.{type(pass_).__qualname__}"
+
+    def owner_of_backend(self, name: str) -> str:
+        """`distribution version` of the plugin with the backend."""
+        return self._backends[name][0].owner
 
     def backend(self, name: str) -> Backend:
         return _find(self.backends, name, "target")
@@ -146,7 +221,17 @@ class Registry:
         return _find(self.passes, name, "pass")
 
     def cost_model(self, name: str) -> CostModel:
-        return _find(self.cost_models, name, "cost model")
+        """The cost model, its faults named."""
+        from optcompiler.guarding import GuardedCostModel
+
+        model = _find(self.cost_models, name, "cost model")
+        return GuardedCostModel(model, self._cost_models[name][0].owner)
+
+    def guarded_backend(self, name: str) -> Backend:
+        """The backend, its faults named."""
+        from optcompiler.guarding import GuardedBackend
+
+        return GuardedBackend(self.backend(name), self.owner_of_backend(name))
 
     def describe(self) -> list[dict[str, Any]]:
         """A row per plugin, for `optcompiler plugins`."""
@@ -207,12 +292,21 @@ def _owner(entry: importlib.metadata.EntryPoint) -> tuple[str, str]:
 
 def _load(entry: importlib.metadata.EntryPoint) -> Loaded:
     name, version = _owner(entry)
-    try:
-        plugin = entry.load()
-    except Exception as error:
-        raise PluginError(
-            f"plugin {entry.name!r} of {name} {version} failed to import: "
-            f"{type(error).__name__}: {error}; update or uninstall {name}, or leave it out with "
-            f"{LOAD_VARIABLE}."
-        ) from error
+    plugin = _watched(
+        f"plugin {entry.name!r} of {name} {version} failed to import: it",
+        entry.load,
+        f"; update or uninstall {name}, or leave it out with {LOAD_VARIABLE}.",
+    )
     return Loaded(entry.name, name, version, plugin)
+
+
+def _watched(what: str, call: Callable[[], T], remedy: str = ".") -> T:
+    """`call()` of a plugin; raises `PluginError` for what it raises and when it does not end."""
+    try:
+        return within(LIMIT_S, call)
+    except PluginError:
+        raise
+    except TimeIsUp:
+        raise PluginError(f"{what} had not ended after {LIMIT_S:g} s{remedy}") from None
+    except (Exception, SystemExit, GeneratorExit) as error:
+        raise PluginError(f"{what} raised {type(error).__name__}: {error}{remedy}") from error

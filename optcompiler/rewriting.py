@@ -9,17 +9,20 @@ against the original into a `Patch`, verifies it, and throws it away when it doe
 from __future__ import annotations
 
 import enum
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from optcompiler.errors import Declined, PluginError
+import numpy as np
+import onnx_ir as ir
+
+from optcompiler.errors import INVALID, OVERTIME, RAISED, Declined, PassFault, PluginError
+from optcompiler.overtime import TimeIsUp, within
 from optcompiler.program import Program
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from optcompiler.backend import Capabilities, Kernel
     from optcompiler.observers import Observer
     from optcompiler.ops import OpTable
@@ -27,8 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Candidate", "Decline", "Declined", "Pass", "PassContext", "Patch", "Progress", "Stage",
-    "apply_candidate",
+    "apply_candidate", "guarded",
 ]  # fmt: skip
+
+
+T = TypeVar("T")
 
 
 class Stage(enum.IntEnum):
@@ -136,6 +142,10 @@ class Pass(ABC):
     after: ClassVar[tuple[str, ...]] = ()
     """Passes of the same stage that run before this one when both are in the pipeline."""
 
+    time_limit_s: ClassVar[float] = 60.0
+    """Seconds that `propose`, and each rewrite, may take for every begun thousand of nodes. A pass
+    whose time depends on the user's data (it calibrates, it trains) says infinity."""
+
     @abstractmethod
     def propose(self, program: Program, context: PassContext) -> Iterable[Candidate | Decline]:
         """Yield what could be done to `program`, and what was looked at and left, with reasons.
@@ -168,23 +178,50 @@ class Patch:
         return not (self.added or self.removed or self.changed_weights)
 
 
-def apply_candidate(pass_name: str, candidate: Candidate, program: Program) -> Patch:
+def apply_candidate(
+    pass_name: str, candidate: Candidate, program: Program, seconds: float = math.inf
+) -> Patch:
     """Run `candidate.rewrite` on a copy of `program` and describe what it changed.
 
     Nodes that the rewrite adds are stamped with `pass_name` as their provenance. Raises `Declined`
-    when the rewrite does, and `PluginError` naming the pass for anything else it raises.
+    when the rewrite does, and `PassFault` naming the pass for anything else it raises, when it
+    takes longer than `seconds`, and when it leaves something that is no program.
     """
     label = f"{pass_name}[{candidate.site}={candidate.choice}]"
     copy = program.clone()
+    guarded(f"{label}: the rewrite", seconds, lambda: candidate.rewrite(copy))
     try:
-        candidate.rewrite(copy)
-    except Declined:
-        raise
+        added, removed, changed = copy.changes_since(program)
+        copy.stamp(added, pass_name)
+        freeze(copy, changed)
     except Exception as error:
-        raise PluginError(
-            f"{label}: the rewrite raised {type(error).__name__}: {error}; "
-            f"report it to the author of the pass, or leave the pass out."
+        raise PassFault(
+            INVALID, f"{label}: the rewrite left no program: {type(error).__name__}: {error}."
         ) from error
-    added, removed, changed = copy.changes_since(program)
-    copy.stamp(added, pass_name)
     return Patch(label, program, copy, added, removed, changed)
+
+
+def guarded(what: str, seconds: float, call: Callable[[], T]) -> T:
+    """`call()` of a pass; raises `PassFault` beginning with `what` for all that it must not do.
+
+    Errors that are not of the pass's making go through: `Declined`, another plugin's fault, Ctrl-C.
+    """
+    try:
+        return within(seconds, call)
+    except (Declined, PluginError):
+        raise
+    except TimeIsUp:
+        raise PassFault(
+            OVERTIME, f"{what} was stopped: it had not ended after {seconds:g} s."
+        ) from None
+    except (Exception, SystemExit, GeneratorExit) as error:
+        raise PassFault(RAISED, f"{what} raised {type(error).__name__}: {error}.") from error
+
+
+def freeze(program: Program, names: Iterable[str]) -> None:
+    """Make the arrays behind the named initializers read-only: other programs share them."""
+    weights = program.weights()
+    for name in names:
+        tensor = weights[name]
+        if isinstance(tensor, ir.Tensor) and isinstance(array := tensor.raw, np.ndarray):
+            array.flags.writeable = False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from optcompiler.backend import Backend, Kernel
 from optcompiler.binding import bind
+from optcompiler.contract import patch_of, proposals, seconds_for
 from optcompiler.cost import CostModel, DeviceProfile
 from optcompiler.damage import (
     Judge,
@@ -18,8 +20,17 @@ from optcompiler.damage import (
     run_batches,
     typical_error,
 )
-from optcompiler.errors import Declined, PluginError, UnsupportedOperatorError, VerificationError
-from optcompiler.ledger import DECLINED, REJECTED, ROLLED_BACK, TAKEN, Ledger, Row
+from optcompiler.errors import (
+    INVALID,
+    NONSENSE,
+    NUMBERS,
+    Declined,
+    PassFault,
+    PluginError,
+    QuarantineWarning,
+    UnsupportedOperatorError,
+)
+from optcompiler.ledger import DECLINED, QUARANTINED, REJECTED, ROLLED_BACK, TAKEN, Ledger, Row
 from optcompiler.program import Program
 from optcompiler.rewriting import (
     Batch,
@@ -30,7 +41,6 @@ from optcompiler.rewriting import (
     Patch,
     Progress,
     Stage,
-    apply_candidate,
 )
 from optcompiler.target import Target
 
@@ -40,6 +50,45 @@ FURTHER = 1.1
 SLOWER_SHARE = 0.01
 """A fusion predicted to slow the program by more than this share is rejected. Clean-up is not: what
 it opens to later passes is in no prediction."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a pass is quarantined. `reproducer` is a directory that `optcompiler replay` takes."""
+
+    pass_name: str
+    owner: str
+    site: str
+    choice: str
+    kind: str
+    reason: str
+    nodes: tuple[str, ...] = ()
+    reproducer: Path | None = None
+
+    def __str__(self) -> str:
+        told = (
+            f"pass {self.pass_name} of {self.owner} is quarantined for this compile: {self.reason}"
+        )
+        where = (
+            f" Reproduce it with: optcompiler replay {self.reproducer}" if self.reproducer else ""
+        )
+        return told + where
+
+    def record(self) -> dict[str, str]:
+        """For the manifest: nothing that differs between two machines."""
+        return {
+            "pass": self.pass_name, "owner": self.owner, "site": self.site, "choice": self.choice,
+            "kind": self.kind, "reason": self.reason,
+            "reproducer": self.reproducer.name if self.reproducer else "",
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a candidate gave no patch: an outcome of the ledger and a reason."""
+
+    outcome: str
+    reason: str
 
 
 @dataclass
@@ -57,6 +106,18 @@ class Session:
     ledger: Ledger = field(default_factory=Ledger)
     simulated: bool = True
     """Whether the FX executor runs the teacher, as far as was seen; if not, the backend does."""
+    owners: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Distribution and version by name of pass."""
+    on_fault: str = "continue"
+    """When a pass breaks its contract: "continue" without it, or "stop"."""
+    time_limit_s: float | None = None
+    """In place of what the passes declare."""
+    reproducers: Path | None = None
+    """Where reproducers go; None writes none."""
+    faults: dict[str, Fault] = field(default_factory=dict[str, Fault])
+    """The quarantined passes, by name."""
+    history: list[tuple[Pass, Candidate]] = field(default_factory=list[tuple[Pass, Candidate]])
+    """Exact candidates that were taken, in order."""
     _outputs: tuple[Program, list[Outputs]] | None = None
     _prices: dict[int, tuple[Program, float]] = field(
         default_factory=dict[int, tuple[Program, float]]
@@ -120,38 +181,54 @@ class Session:
             finally:
                 runner.close()
 
+    def about(self, program: Program, batch: Batch) -> Session:
+        """A session like this one whose teacher is `program`, with nothing recorded yet."""
+        context = replace(
+            self.context, teacher=program, calibration=[batch] if self.context.calibration else [],
+            holdout=[batch] if self.context.holdout else [],
+        )  # fmt: skip
+        return Session(
+            program, self.backend, self.target, self.cost_model, self.profile, context, batch,
+            time_limit_s=self.time_limit_s, owners=self.owners,
+        )  # fmt: skip
+
     # -- proposals ------------------------------------------------------------------------
 
+    def seconds(self, pass_: Pass, program: Program) -> float:
+        return seconds_for(pass_, program, self.time_limit_s)
+
+    def proposed(self, pass_: Pass, program: Program) -> list[Candidate | Decline]:
+        """What the pass yields. Raises `PassFault` when it breaks its contract."""
+        offered = proposals(pass_, program, self.context, self.seconds(pass_, program))
+        if pass_.stage in (Stage.CLEAN, Stage.FUSE):
+            for item in offered:
+                if isinstance(item, Candidate) and not item.exact:
+                    raise PassFault(
+                        NONSENSE,
+                        f"{pass_.name}: stage {pass_.stage.name} holds exact passes only, but the "
+                        f"candidate at {item.site!r} is not exact.",
+                    )
+        return offered
+
     def propose(self, pass_: Pass, program: Program, *, record: bool = True) -> list[Candidate]:
-        """The pass's candidates on `program`; what it declines goes to the ledger."""
+        """The pass's candidates on `program`; what it declines goes to the ledger.
+
+        A quarantined pass has none, and one that breaks its contract here is quarantined.
+        """
+        if pass_.name in self.faults:
+            return []
         try:
-            offered = list(pass_.propose(program, self.context))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"{pass_.name}: propose raised {type(error).__name__}: {error}; report it to the "
-                f"author of the pass, or leave the pass out."
-            ) from error
-        candidates: dict[tuple[str, str], Candidate] = {}
-        for item in offered:
-            if isinstance(item, Decline):
-                if record:
-                    self.ledger.add(
-                        Row(pass_.name, item.site, "-", DECLINED, item.reason, nodes=item.nodes)
-                    )
-            elif isinstance(item, Candidate):  # pyright: ignore[reportUnnecessaryIsInstance]
-                if (item.site, item.choice) in candidates:
-                    raise PluginError(
-                        f"{pass_.name}: site {item.site!r} with choice {item.choice!r} is proposed "
-                        f"twice; make choices of one site distinct."
-                    )
-                candidates[item.site, item.choice] = item
-            else:
-                raise PluginError(
-                    f"{pass_.name}: propose gave {type(item).__name__}; yield Candidate or Decline."
-                )
-        return list(candidates.values())
+            offered = self.proposed(pass_, program)
+        except PassFault as fault:
+            reason = self.quarantine(pass_, fault, program)
+            self.ledger.add(Row(pass_.name, "program", "propose", QUARANTINED, reason))
+            return []
+        if record:
+            for item in offered:
+                if isinstance(item, Decline):
+                    row = Row(pass_.name, item.site, "-", DECLINED, item.reason, nodes=item.nodes)
+                    self.ledger.add(row)
+        return [item for item in offered if isinstance(item, Candidate)]
 
     def row(self, pass_: Pass, candidate: Candidate, outcome: str, reason: str) -> Row:
         return Row(
@@ -159,21 +236,54 @@ class Session:
             exact=candidate.exact, nodes=candidate.nodes, details=dict(candidate.details),
         )  # fmt: skip
 
+    # -- faults ---------------------------------------------------------------------------
+
+    def quarantine(
+        self, pass_: Pass, fault: PassFault, program: Program, candidate: Candidate | None = None
+    ) -> str:
+        """Go on without the pass that did `fault` on `program`; the reason for the ledger.
+
+        The first fault of a pass is warned about and gets a reproducer. Raises `PluginError` when
+        faults stop the compile.
+        """
+        if pass_.name not in self.faults:
+            found = Fault(
+                pass_.name, self.owners.get(pass_.name, "a pass given in Python"),
+                candidate.site if candidate else "", candidate.choice if candidate else "",
+                fault.kind, str(fault), candidate.nodes if candidate else (),
+            )  # fmt: skip
+            if self.reproducers is not None:
+                from optcompiler.reproducer import write_reproducer
+
+                found = write_reproducer(self, pass_, found, program, self.reproducers)
+            self.faults[pass_.name] = found
+            if self.on_fault == "stop":
+                raise PluginError(str(found)) from fault
+            warnings.warn(str(found), QuarantineWarning, stacklevel=2)
+        place = self.faults[pass_.name].reproducer
+        return str(fault) + (f" Reproducer: {place.name}." if place else "")
+
     # -- applying -------------------------------------------------------------------------
 
     def patch(self, pass_: Pass, candidate: Candidate, program: Program) -> Patch:
         """Apply one candidate to a copy and verify its structure.
 
-        Raises `Declined` when the rewrite does, `VerificationError` when what it made is not valid
-        ONNX or has another interface than the teacher.
+        Raises `Declined` when the rewrite does, `PassFault` when it breaks the contract: what it
+        made is not valid ONNX, say, or has another interface than the teacher.
         """
-        patch = apply_candidate(pass_.name, candidate, program)
-        if not patch.empty:
-            try:
-                patch.after.verify(like=self.teacher)
-            except VerificationError as error:
-                raise VerificationError(f"{patch.label}: {error}") from error
-        return patch
+        return patch_of(pass_, candidate, program, self.seconds(pass_, program), self.teacher)
+
+    def attempt(self, pass_: Pass, candidate: Candidate, program: Program) -> Patch | Refusal:
+        """The verified patch, or why there is none; a fault quarantines the pass."""
+        if pass_.name in self.faults:
+            return Refusal(QUARANTINED, f"{pass_.name} broke its contract elsewhere")
+        try:
+            patch = self.patch(pass_, candidate, program)
+        except Declined as reason:
+            return Refusal(DECLINED, str(reason))
+        except PassFault as fault:
+            return Refusal(ROLLED_BACK, self.quarantine(pass_, fault, program, candidate))
+        return Refusal(DECLINED, "it changed nothing") if patch.empty else patch
 
     def apply_exact(self, pass_: Pass, program: Program, *, record: bool = True) -> Program:
         """Take every exact candidate of the pass that verifies and is not predicted slower.
@@ -182,72 +292,120 @@ class Session:
         that fails, so that only what is wrong is rolled back.
         """
         candidates = self.propose(pass_, program, record=record)
-        for candidate in candidates:
-            if not candidate.exact:
-                raise PluginError(
-                    f"{pass_.name}: stage {pass_.stage.name} holds exact passes only, but the "
-                    f"candidate at {candidate.site!r} is not exact."
-                )
-        after, rows = self._take(pass_, candidates, program, each=False)
+        after, rows = self._take(pass_, candidates, program)
         if after is not program:
             declared = max(candidates, key=lambda c: (c.typical, c.rtol))
-            if not self._error(declared, program, after) <= declared.rtol:
-                after, rows = self._take(pass_, candidates, program, each=True)
+            error, _ = self.difference(declared, program, after)
+            if not error <= declared.rtol:
+                after, rows = self._sift(pass_, rows, program)
         if record:
-            for row in rows:
+            for candidate, row in rows:
                 self.ledger.add(row)
+                if row.outcome == TAKEN:
+                    self.history.append((pass_, candidate))
         return after
 
-    def _error(self, candidate: Candidate, before: Program, after: Program) -> float:
-        """How far `after` is from `before` on the check batch, as the candidate asks to be judged.
+    def difference(
+        self, candidate: Candidate, before: Program, after: Program
+    ) -> tuple[float, str]:
+        """How far `after` is from `before` on the check batch, as the candidate asks to be judged,
+        and in words.
 
         In a deep quantised program one level that flips early flips many later: then `typical`
-        also passes, as 0, when `after` is no further from the teacher than `before` was.
+        also passes, as 0, when `after` is no further from the teacher than `before` was. A program
+        that cannot be run is infinitely far.
         """
         old = self.outputs(before)
-        new = [self.run(after, self.check)]
-        if not candidate.typical:
-            return largest_error(old, new)
-        error = typical_error(old, new)
-        if error <= candidate.rtol:
-            return error
-        teacher = [self.run(self.teacher, self.check)]
-        no_further = typical_error(teacher, new) <= FURTHER * typical_error(teacher, old)
-        return 0.0 if no_further else error
+        simulated = self.simulated
+        try:
+            new = [self.run(after, self.check)]
+            if len(new[0]) != len(old[0]):
+                raise ValueError(f"{len(new[0])} outputs instead of {len(old[0])}")
+        except Exception as error:
+            self.simulated = simulated
+            return float("inf"), f"cannot be run: {type(error).__name__}: {error}"
+        error = largest_error(old, new) if not candidate.typical else typical_error(old, new)
+        if candidate.typical and not error <= candidate.rtol:
+            teacher = [self.run(self.teacher, self.check)]
+            if typical_error(teacher, new) <= FURTHER * typical_error(teacher, old):
+                error = 0.0
+        return error, (
+            f"outputs differ by {error:.1e} (relative), more than the {candidate.rtol:.0e} that it "
+            f"declares."
+        )
+
+    def require_same(self, candidate: Candidate, patch: Patch) -> None:
+        """Raise `PassFault` when the patch does not compute what it says."""
+        error, words = self.difference(candidate, patch.before, patch.after)
+        if not error <= candidate.rtol:
+            raise PassFault(NUMBERS, f"{patch.label}: {words}")
+
+    def require_sound(self, candidate: Candidate, patch: Patch) -> None:
+        """Raise `PassFault` when an exact patch computes something else, or any cannot be run."""
+        if candidate.exact:
+            self.require_same(candidate, patch)
+            return
+        try:
+            self.run(patch.after, self.check)
+        except Exception as error:
+            raise _cannot_run(patch, error) from error
+
+    def damage_of(self, judge: Judge, pass_: Pass, candidate: Candidate, patch: Patch) -> float:
+        """The damage that a patch does. Raises `PassFault` when what it made cannot be run."""
+        try:
+            return judge.damage(patch.after)
+        except Exception as error:
+            raise _cannot_run(patch, error) from error
 
     def _take(
-        self, pass_: Pass, candidates: Sequence[Candidate], program: Program, *, each: bool
-    ) -> tuple[Program, list[Row]]:
-        rows: list[Row] = []
+        self, pass_: Pass, candidates: Sequence[Candidate], program: Program
+    ) -> tuple[Program, list[tuple[Candidate, Row]]]:
+        rows: list[tuple[Candidate, Row]] = []
         for candidate in candidates:
-            try:
-                patch = self.patch(pass_, candidate, program)
-                if each:
-                    error = self._error(candidate, program, patch.after)
-                    if not error <= candidate.rtol:
-                        raise VerificationError(
-                            f"{patch.label}: outputs differ by {error:.1e} (relative), more than "
-                            f"the {candidate.rtol:.0e} that it declares."
-                        )
-            except Declined as reason:
-                rows.append(self.row(pass_, candidate, DECLINED, str(reason)))
-                continue
-            except VerificationError as error:
-                rows.append(self.row(pass_, candidate, ROLLED_BACK, str(error)))
-                continue
-            if patch.empty:
-                rows.append(self.row(pass_, candidate, DECLINED, "it changed nothing"))
+            patch = self.attempt(pass_, candidate, program)
+            if isinstance(patch, Refusal):
+                rows.append((candidate, self.row(pass_, candidate, patch.outcome, patch.reason)))
                 continue
             saving = self.saving_us(program, patch.after)
             slower = saving is not None and saving < -SLOWER_SHARE * self.price_us(program)
             if slower and pass_.stage is not Stage.CLEAN:
-                reason = f"predicted {-(saving or 0.0):.1f} µs slower"
-                rows.append(replace(self.row(pass_, candidate, REJECTED, reason), saving_us=saving))
-                continue
-            reason = candidate.note or "exact"
-            rows.append(replace(self.row(pass_, candidate, TAKEN, reason), saving_us=saving))
-            program = patch.after
+                row = self.row(
+                    pass_, candidate, REJECTED, f"predicted {-(saving or 0.0):.1f} µs slower"
+                )
+            else:
+                row = self.row(pass_, candidate, TAKEN, candidate.note or "exact")
+                program = patch.after
+            rows.append((candidate, replace(row, saving_us=saving)))
         return program, rows
+
+    def _sift(
+        self, pass_: Pass, rows: Sequence[tuple[Candidate, Row]], program: Program
+    ) -> tuple[Program, list[tuple[Candidate, Row]]]:
+        """Take again what was taken, comparing numbers after each, up to the one that fails."""
+        sifted: list[tuple[Candidate, Row]] = []
+        failed = False
+        for candidate, row in rows:
+            if row.outcome == TAKEN and failed:
+                reason = f"{pass_.name} broke its contract elsewhere"
+                row = replace(row, outcome=QUARANTINED, reason=reason, saving_us=None)
+            elif row.outcome == TAKEN:
+                try:
+                    patch = self.patch(pass_, candidate, program)
+                    self.require_same(candidate, patch)
+                    program = patch.after
+                except Declined as declined:
+                    row = replace(row, outcome=DECLINED, reason=str(declined), saving_us=None)
+                except PassFault as fault:
+                    failed = True
+                    reason = self.quarantine(pass_, fault, program, candidate)
+                    row = replace(row, outcome=ROLLED_BACK, reason=reason, saving_us=None)
+            sifted.append((candidate, row))
+        return program, sifted
+
+
+def _cannot_run(patch: Patch, error: Exception) -> PassFault:
+    why = f"{type(error).__name__}: {error}"
+    return PassFault(INVALID, f"{patch.label}: what it made cannot be run: {why}.")
 
 
 def judge_of(session: Session, batches: Sequence[Batch], measure: str) -> Judge:

@@ -12,12 +12,21 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from optcompiler.ledger import DECLINED, REJECTED, REVERTED, ROLLED_BACK, TAKEN, Ledger, Row
+from optcompiler.ledger import (
+    DECLINED,
+    QUARANTINED,
+    REJECTED,
+    REVERTED,
+    ROLLED_BACK,
+    TAKEN,
+    Ledger,
+    Row,
+)
 
 WIDTH = 100
 _ROWS_PER_PASS = 12
 _KERNELS = 10
-_ORDER = {TAKEN: 0, REVERTED: 1, ROLLED_BACK: 2, REJECTED: 3, DECLINED: 4}
+_ORDER = {TAKEN: 0, REVERTED: 1, ROLLED_BACK: 2, QUARANTINED: 3, REJECTED: 4, DECLINED: 5}
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,10 @@ def facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("budget", budget_text(options.get("budget"))),
         ("optcompiler", str(manifest.get("optcompiler", ""))),
         ("program", str(manifest.get("program_hash", ""))[:16]),
+    ]
+    known += [
+        ("quarantined", f"{f['pass']} ({f['owner']}): {f['reason']}")
+        for f in options.get("quarantined") or ()
     ]
     return [(label, value) for label, value in known if value]
 

@@ -11,7 +11,14 @@ import pytest
 
 from optcompiler import Budget, Program, finish
 from optcompiler.compiler import compile as compile_model
-from optcompiler.errors import Declined, GateError, InputError, PluginError, VerificationError
+from optcompiler.errors import (
+    Declined,
+    GateError,
+    InputError,
+    PluginError,
+    QuarantineWarning,
+    VerificationError,
+)
 from optcompiler.ledger import DECLINED, REJECTED, REVERTED, ROLLED_BACK, TAKEN
 from tests.support import assert_close, op_types, random_inputs, run_onnx
 from tests.toy import Harden, Rewrite, ToyBackend, registry, sigmoid_net
@@ -158,8 +165,14 @@ def test_rewrite_that_raises_is_the_plugins_fault() -> None:
     def fail(program: Program) -> None:
         raise ZeroDivisionError("oops")
 
-    with pytest.raises(PluginError, match=r"rewrite\[program=rewrite\].*ZeroDivisionError: oops"):
-        exact(fail)
+    said = r"rewrite\[program=rewrite\].*ZeroDivisionError: oops"
+    with pytest.raises(PluginError, match=said):
+        compiled(sigmoid_net((1.0, 2.0)), passes=[Rewrite(fail)], on_fault="stop")
+    with pytest.warns(QuarantineWarning, match=said):
+        got = exact(fail)
+    (row,) = got.ledger
+    assert row.outcome == ROLLED_BACK
+    assert "ZeroDivisionError: oops" in row.reason
 
 
 def test_backend_that_computes_something_else_is_caught() -> None:

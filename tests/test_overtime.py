@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from optcompiler import limits
-from optcompiler.limits import Overtime, TimeIsUp, within
+from optcompiler import overtime
+from optcompiler.overtime import Overtime, TimeIsUp, within
 
 BRIEF = 0.05
 
@@ -95,7 +95,7 @@ def test_an_endless_generator_is_stopped(place: Callable[..., None]) -> None:
 def test_handlers_do_not_swallow_it(
     place: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "AGAIN_S", BRIEF)
+    monkeypatch.setattr(overtime, "AGAIN_S", BRIEF)
 
     def stubborn() -> None:
         for _ in range(3):

@@ -1,0 +1,59 @@
+"""What an item of the corpus is, and how the families of items register theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Make = Callable[[Path], list[str]]
+"""Writes an item into an empty folder and gives the arguments of `optcompiler`, but for -o OUT."""
+
+REFUSED = frozenset({2, 3})
+FINE = frozenset({0})
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that somebody might hand to the command line.
+
+    `codes` are the exit codes that will do, `says` what the sentence on stderr must hold. With
+    `fresh`, the quick run starts a process of its own for it and not only a fork. `own_files` are
+    created by the item's process where it is told to, apart from the output directory.
+    """
+
+    name: str
+    make: Make
+    codes: frozenset[int] = REFUSED
+    says: str = ""
+    fresh: bool = False
+
+    @property
+    def refused(self) -> bool:
+        return self.codes == REFUSED
+
+
+ITEMS: dict[str, Item] = {}
+
+
+def add(
+    name: str,
+    make: Make,
+    *,
+    codes: frozenset[int] = REFUSED,
+    says: str = "",
+    fresh: bool = False,
+) -> None:
+    if name in ITEMS:
+        raise ValueError(f"two items are called {name!r}")
+    ITEMS[name] = Item(name, make, codes, says, fresh)
+
+
+def item(
+    name: str, *, codes: frozenset[int] = REFUSED, says: str = "", fresh: bool = False
+) -> Callable[[Make], Make]:
+    def register(make: Make) -> Make:
+        add(name, make, codes=codes, says=says, fresh=fresh)
+        return make
+
+    return register
