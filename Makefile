@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick check format benchmark clean
+.PHONY: demo test quick fuzz conformance check format benchmark clean
 
 demo: $(VENV)/.installed ## train a small CNN on digits, compile it for cpu and onnxruntime, print the table
 	$(BIN)/python examples/digits.py
@@ -12,6 +12,12 @@ test: $(VENV)/.installed ## every test
 
 quick: $(VENV)/.installed ## tests that take under ten seconds each
 	$(BIN)/python -m pytest -n auto -q -m "not slow"
+
+fuzz: $(VENV)/.installed ## 10,000 graphs of the day through every oracle, under ten minutes on one core
+	$(BIN)/python -m tests.fuzz --graphs 10000
+
+conformance: $(VENV)/.installed ## the ONNX backend suite against every subject, with its scores
+	$(BIN)/python -m tests.conformance
 
 check: $(VENV)/.installed ## lint and types
 	$(BIN)/ruff check .
