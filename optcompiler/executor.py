@@ -20,7 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from optcompiler.errors import InputError
+from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.ops import OpTable, builtin_table
 from optcompiler.ops.fxgraph import NODE_KEY, TYPE_KEY, VALUE_KEY, WEIGHTS_KEY, GraphBuilder
 from optcompiler.ops.types import (
@@ -147,6 +147,10 @@ def computed(
     results: list[ir.Tensor] = []
     for value in outputs:
         tensor = found[value.name or ""]
+        if not isinstance(tensor, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UnsupportedOperatorError(
+                f"{node.op_type} {node.name!r} gives a sequence or an optional, not a tensor."
+            )
         dtype = value.dtype or onnx_type(tensor.dtype)
         results.append(ir.Tensor(numpy_of(tensor, dtype), dtype, name=value.name))
     return results

@@ -51,6 +51,10 @@ def emit_reduction(
     The output has the space's other elements in order. `start` is its element in terms of the
     accumulator.
     """
+    if not space:  # a scalar: one axis, so that there is one to loop over
+        single = reshaped(value, (1,))
+        assert single is not None
+        space, value = (1,), single
     kept = tuple(1 if i in axes else n for i, n in enumerate(space))
     shape = low.shape(node.outputs[0])
 

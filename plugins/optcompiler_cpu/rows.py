@@ -220,14 +220,14 @@ def print_reduction(step: Reduction, isa: Isa) -> KernelCode:
         def emit(count: str | None) -> list[str]:
             return [
                 f"vf acc = vf_set({start});",
-                *over_reduced(fold(count)),
+                *_scoped(over_reduced(fold(count))),
                 *finish("acc", count, lane),
             ]
 
         body = vector_loop(step.space[lane], isa.lanes, emit)
     else:
         body = [f"vf acc = vf_set({start});",
-                *over_reduced(vector_loop(step.space[lane], isa.lanes, fold)),
+                *_scoped(over_reduced(vector_loop(step.space[lane], isa.lanes, fold))),
                 f"const float total = {ACROSS[step.op]}(acc);",
                 *(f"const long i{d} = 0; (void)i{d};" for d in reduced),
                 *finish("vf_set(total)", "1", lane)]  # fmt: skip
@@ -272,7 +272,7 @@ def _scalar_reduction(step: Reduction) -> KernelCode:
                         [*value.lines, update], False)  # fmt: skip
     body = [
         f"{kind} acc = {identity(step.op, step.value.dtype)};",
-        *inner,
+        *_scoped(inner),
         *(f"const long i{d} = 0; (void)i{d};" for d in step.axes),
         *after.lines,
         f"{target}[{where}] = {stored(step.out.dtype, result)};",

@@ -78,6 +78,37 @@ def affine_grid(g: Graph, d: Draw, op_type: str) -> Any:
                  align_corners=d.one_of((None, 1)))  # fmt: skip
 
 
+def deform_conv(g: Graph, d: Draw, op_type: str) -> Any:
+    n, c, m = d.one_of((1, 2)), d.one_of((2, 4)), d.one_of((2, 3))
+    group, offsets = d.one_of((1, c if m % c == 0 else 1)), d.one_of((1, 2))
+    x = g.like(d, (n, c, d.one_of((5, 4)), d.one_of((6, 4))))
+    kernel = (d.one_of((1, 2, 3)), d.one_of((2, 3)))
+    taps = kernel[0] * kernel[1]
+    strides, pads = [d.one_of((1, 2)), 1], [d.one_of((0, 1))] * 4
+    out = tuple(
+        (size + 2 * pads[0] - k) // s + 1
+        for size, k, s in zip(g.shape(x)[2:], kernel, strides, strict=True)
+    )
+    moves = g.into(g.like(d, (n, offsets * taps * 2, *out)), -1.5, 1.5)
+    mask = g.like(d, (n, offsets * taps, *out)) if d.chance(50) else None
+    bias = g.weight(g.array((m,))) if mask is not None or d.chance(50) else None
+    weight = g.scaled((m, c // group, *kernel), taps * c // group)
+    return g.add("DeformConv", x, weight, moves, bias, mask, group=group, offset_group=offsets,
+                 kernel_shape=list(kernel), strides=strides, pads=pads)  # fmt: skip
+
+
+def roi_align(g: Graph, d: Draw, op_type: str) -> Any:
+    x = g.image(d, 2)
+    n, _, height, width = g.shape(x)
+    count = d.one_of((2, 1, 3))
+    low = g.rng.uniform(0, 0.5, (count, 2))
+    corners = np.concatenate([low, low + g.rng.uniform(0.2, 0.5, (count, 2))], 1)
+    regions = g.weight(corners * [width, height, width, height], shared=False)
+    images = g.weight(g.rng.integers(0, n, count), INT64, shared=False)
+    return g.add("RoiAlign", x, regions, images, output_height=d.one_of((2, 1)),
+                 output_width=d.one_of((2, 3)), sampling_ratio=d.one_of((1, 2)))  # fmt: skip
+
+
 def recurrent(g: Graph, d: Draw, op_type: str) -> Any:
     time, batch, width, hidden = (
         d.one_of((3, 1, 4)),
@@ -177,4 +208,5 @@ FAMILIES = {
     "Resize": resize, "GridSample": grid_sample, "AffineGrid": affine_grid, "RNN": recurrent,
     "GRU": recurrent, "LSTM": recurrent, "Attention": attention, "RotaryEmbedding": rotary,
     "NegativeLogLikelihoodLoss": loss, "SoftmaxCrossEntropyLoss": loss, "DFT": dft, "STFT": stft,
+    "DeformConv": deform_conv, "RoiAlign": roi_align,
 }  # fmt: skip
