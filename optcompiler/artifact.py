@@ -251,7 +251,9 @@ def _check_files(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def _ports(entries: list[dict[str, Any]]) -> tuple[Port, ...]:
-    return tuple(Port(e["name"], e["dtype"], tuple(e["shape"])) for e in entries)
+    return tuple(
+        Port(e["name"], e["dtype"], tuple(e["shape"]), e.get("kind", "tensor")) for e in entries
+    )
 
 
 def _ledger(text: str) -> Ledger:

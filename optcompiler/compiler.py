@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from optcompiler.binding import resolved
 from optcompiler.budget import Budget
 from optcompiler.compiled import Compiled
 from optcompiler.contract import protected, protected_batch
-from optcompiler.errors import GateError, InputError, OptcompilerError
+from optcompiler.errors import GateError, InputError, OptcompilerError, PassFault
 from optcompiler.executor import to_torch
 from optcompiler.finish import Built
 from optcompiler.ledger import REVERTED
@@ -44,6 +44,8 @@ WEIGHING_SAMPLES = 8
 DEFAULT_COST_MODEL = "roofline"
 
 Precision = str
+
+T = TypeVar("T")
 
 
 def compile(
@@ -74,7 +76,7 @@ def compile(
     .npz files, or None.
     `passes`: None for the default pipeline, else names (with options), passes, or "default".
     `dynamic`: dimensions that stay symbolic, see `frontend.import_model`. `damage`: "kl" or "nmse".
-    `on_fault`: when a pass breaks its contract the compile goes on without it and a
+    `on_fault`: when a pass breaks its contract the compile begins again without it and with a
     `QuarantineWarning` ("continue"), or stops with a `PluginError` ("stop"). `time_limit_s`: what
     proposing, and each rewrite, may take per thousand nodes, in place of what the passes declare.
     `reproducers`: where such faults are written, by default in the user's cache.
@@ -83,7 +85,7 @@ def compile(
     cannot be compiled, and `GateError` when the budget cannot be met; the error's `compiled` then
     holds the best artifact found.
     """
-    job = _Job.prepare(
+    job = Job.prepare(
         model, example_inputs, target=target, precision=precision, calibration=calibration,
         budget=budget or Budget(), passes=passes, dynamic=dynamic, damage=damage,
         cost_model=cost_model, seed=seed, registry=registry or Registry(),
@@ -93,8 +95,18 @@ def compile(
     return job.run()
 
 
+@dataclass(frozen=True)
+class Rewritten:
+    """What passes and planner made of a program: after CLEAN, as planned, and in the end."""
+
+    clean: Program
+    planner: Planner | None
+    probe: Probe | None
+    final: Program
+
+
 @dataclass
-class _Job:
+class Job:
     """One compile, step by step."""
 
     session: Session
@@ -114,7 +126,7 @@ class _Job:
         calibration: Any, budget: Budget, passes: Any, dynamic: Any, damage: str, cost_model: str,
         seed: int, registry: Registry, progress: Progress, on_fault: str,
         time_limit_s: float | None, reproducers: str | Path | None,
-    ) -> _Job:  # fmt: skip
+    ) -> Job:  # fmt: skip
         from optcompiler.calibration import load_calibration, split_holdout
         from optcompiler.frontend import import_model
 
@@ -180,16 +192,35 @@ class _Job:
     # -- the compile ----------------------------------------------------------------------
 
     def run(self) -> Compiled:
+        return self.holding_passes_to_contract(lambda: self._build(self.rewritten()))
+
+    def holding_passes_to_contract(self, work: Callable[[], T]) -> T:
+        """`work()`; begun again without the pass, as if it were not there, when one fails."""
+        while True:
+            try:
+                return work()
+            except PassFault as fault:
+                gone = self.session.quarantine(fault)
+                self.passes = [p for p in self.passes if p.name != gone.pass_name]
+
+    def rewritten(self) -> Rewritten:
+        """The program with all that passes and planner do to it, and what that was."""
         session = self.session
         clean = self._exact(Stage.CLEAN, session.teacher)
         self._lap("clean")
         planner, probe = self._plan(clean)
+        if probe is not None:
+            session.history += probe.steps
         self._lap("plan")
-        final_program = self._exact(Stage.FUSE, probe.program if probe else clean)
+        final = self._exact(Stage.FUSE, probe.program if probe else clean)
         self._lap("fuse")
+        return Rewritten(clean, planner, probe, final)
+
+    def _build(self, made: Rewritten) -> Compiled:
+        session, clean, planner, probe = self.session, made.clean, made.planner, made.probe
         builds: list[Built] = []
         try:
-            final = finish.build(session, final_program, "final")
+            final = finish.build(session, made.final, "final")
             builds.append(final)
             reference = self._references(builds, clean, lossy=bool(probe and probe.chosen))
             self._lap("build")
@@ -392,7 +423,7 @@ class _Job:
 
     def _options(self) -> dict[str, Any]:
         """The options, and which passes of those did not last."""
-        faults = [f.record() for f in self.session.faults.values()]
+        faults = [f.record() for f in self.session.faults]
         return self.options | ({"quarantined": faults} if faults else {})
 
     def _artifact_damage(self, final: Built) -> float | None:

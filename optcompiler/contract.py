@@ -8,13 +8,16 @@ share with the compile's are read-only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 
 from optcompiler.errors import INVALID, NONSENSE, PassFault, VerificationError
+from optcompiler.foreign import told
 from optcompiler.program import Program
 from optcompiler.rewriting import (
     Batch,
@@ -23,12 +26,16 @@ from optcompiler.rewriting import (
     Pass,
     PassContext,
     Patch,
+    Stage,
     apply_candidate,
     guarded,
 )
 
 MOST_OFFERS = (10_000, 100)
 """A pass may yield this many candidates and declines, and this many more for every node."""
+
+EXACT = (Stage.CLEAN, Stage.FUSE)
+"""Stages that hold exact candidates only."""
 
 LOOSEST_RTOL = 0.1
 """What a candidate that calls itself exact may ask to be judged by."""
@@ -40,12 +47,25 @@ def seconds_for(pass_: Pass, program: Program, override: float | None = None) ->
     return per_thousand * max(1, math.ceil(len(program.graph) / 1000))
 
 
+@contextmanager
+def blaming(pass_: Pass, program: Program, candidate: Candidate | None = None) -> Generator[None]:
+    """Faults that come out of the block say whose they are, and on which program."""
+    try:
+        yield
+    except PassFault as fault:
+        fault.by(pass_, program, candidate)
+        raise
+
+
 def proposals(
     pass_: Pass, program: Program, context: PassContext, seconds: float
 ) -> list[Candidate | Decline]:
-    """What the pass yields, in order. Raises `PassFault` for what is not as `Candidate` says."""
+    """What the pass yields, in order. Raises `PassFault` for what is not as `Candidate` says.
+
+    The pass gets copies of the program and of all in the context that it could write to.
+    """
     most = MOST_OFFERS[0] + MOST_OFFERS[1] * len(program.graph)
-    own = program.clone()
+    own, context = program.clone(), private(context)
 
     def collect() -> list[Any]:
         offered: Any = pass_.propose(own, context)
@@ -61,21 +81,25 @@ def proposals(
                 raise PassFault(NONSENSE, f"{pass_.name}: propose gave more than {most} items.")
         return found
 
-    found = guarded(f"{pass_.name}: propose", seconds, collect)
-    seen: set[tuple[str, str]] = set()
-    for item in found:
-        wrong = _wrong_with(item)
-        if wrong:
-            raise PassFault(NONSENSE, f"{pass_.name}: propose gave {wrong}.")
-        if not isinstance(item, Candidate):
-            continue
-        if (item.site, item.choice) in seen:
-            raise PassFault(
-                NONSENSE,
-                f"{pass_.name}: site {item.site!r} with choice {item.choice!r} is proposed twice; "
-                f"make choices of one site distinct.",
-            )
-        seen.add((item.site, item.choice))
+    with blaming(pass_, program):
+        found = guarded(f"{pass_.name}: propose", seconds, collect)
+        seen: set[tuple[str, str]] = set()
+        for item in found:
+            wrong = _wrong_with(item)
+            if not wrong and pass_.stage in EXACT and not getattr(item, "exact", True):
+                wrong = (
+                    f"a Candidate at {item.site!r} that is not exact, which stage "
+                    f"{pass_.stage.name} has no room for"
+                )
+            if isinstance(item, Candidate) and not wrong:
+                if (item.site, item.choice) in seen:
+                    wrong = (
+                        f"site {item.site!r} with choice {item.choice!r} twice; make choices of "
+                        f"one site distinct"
+                    )
+                seen.add((item.site, item.choice))
+            if wrong:
+                raise PassFault(NONSENSE, f"{pass_.name}: propose gave {wrong}.")
     return found
 
 
@@ -87,17 +111,15 @@ def patch_of(
     Raises `Declined` when the rewrite does, and `PassFault` when it raises anything else, does not
     end, or leaves what is not valid ONNX or has another interface than `like`.
     """
-    patch = apply_candidate(pass_.name, candidate, program, seconds)
-    if patch.empty:
-        return patch
-    try:
-        patch.after.verify(like=like)
-    except VerificationError as error:
-        raise PassFault(INVALID, f"{patch.label}: {error}") from error
-    except Exception as error:
-        raise PassFault(
-            INVALID, f"{patch.label}: not a program: {type(error).__name__}: {error}."
-        ) from error
+    with blaming(pass_, program, candidate):
+        patch = apply_candidate(pass_.name, candidate, program, seconds)
+        try:
+            if not patch.empty:
+                patch.after.verify(like=like)
+        except VerificationError as error:
+            raise PassFault(INVALID, f"{patch.label}: {error}") from error
+        except Exception as error:
+            raise PassFault(INVALID, f"{patch.label}: no program: {told(error)}.") from error
     return patch
 
 
@@ -155,6 +177,15 @@ def protected(program: Program) -> Program:
                 held.meta.update(tensor.meta)
                 value.const_value = held
     return twin
+
+
+def private(context: PassContext) -> PassContext:
+    """A context with copies of its containers; arrays are shared."""
+    return replace(
+        context, teacher=context.teacher.clone(), observers=dict(context.observers),
+        calibration=[dict(b) for b in context.calibration],
+        holdout=[dict(b) for b in context.holdout],
+    )  # fmt: skip
 
 
 def protected_array(array: np.ndarray) -> np.ndarray:

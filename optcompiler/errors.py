@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from optcompiler.compiled import Compiled
+    from optcompiler.program import Program
+    from optcompiler.rewriting import Candidate, Pass
+    from optcompiler.session import Fault
 
 
 class OptcompilerError(Exception):
@@ -62,12 +65,21 @@ class PluginError(OptcompilerError):
 class PassFault(PluginError):
     """A pass broke its contract while it proposed or rewrote.
 
-    `kind` is one of `FAULTS`. The driver undoes the patch and goes on without the pass.
+    `kind` is one of `FAULTS`. `pass_`, `program` and `candidate` say who did it, to what; without
+    a candidate it was while proposing. The driver begins again without the pass.
     """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+        self.pass_: Pass | None = None
+        self.program: Program | None = None
+        self.candidate: Candidate | None = None
+
+    def by(self, pass_: Pass, program: Program, candidate: Candidate | None = None) -> PassFault:
+        """This fault, as what `pass_` did to `program`."""
+        self.pass_, self.program, self.candidate = pass_, program, candidate
+        return self
 
 
 RAISED, OVERTIME, NONSENSE, INVALID, NUMBERS = FAULTS = (
@@ -78,7 +90,11 @@ invalid program or another interface; outputs that differ by more than declared.
 
 
 class QuarantineWarning(UserWarning):
-    """A compile goes on without a pass that broke its contract."""
+    """A compile goes on without a pass that broke its contract, as `fault` says."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(f"going on without {fault}")
+        self.fault = fault
 
 
 class Declined(OptcompilerError):

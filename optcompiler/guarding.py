@@ -14,6 +14,7 @@ import numpy as np
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
 from optcompiler.cost import CostModel, DeviceProfile
 from optcompiler.errors import OptcompilerError, PluginError
+from optcompiler.foreign import contained
 
 if TYPE_CHECKING:
     from optcompiler.observers import Observer
@@ -30,15 +31,13 @@ class _Owned:
         self.who = f"{kind} {name!r} of {owner}"
 
     def call(self, method: str, function: Callable[[], T]) -> T:
-        try:
-            return function()
-        except OptcompilerError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise PluginError(
-                f"{self.who}: {method} raised {type(error).__name__}: {error}; report it to "
-                f"its author, or do without it."
-            ) from error
+        return contained(
+            function,
+            lambda _, did: PluginError(
+                f"{self.who}: {method} {did}; report it to its author, or do without it."
+            ),
+            allowed=(OptcompilerError,),
+        )
 
     def refuse(self, method: str, value: Any, wanted: str) -> PluginError:
         shown = f"{type(value).__name__} {value!r}"[:100]

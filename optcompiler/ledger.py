@@ -15,9 +15,12 @@ QUARANTINED = "quarantined"
 
 OUTCOMES = (TAKEN, DECLINED, REJECTED, ROLLED_BACK, REVERTED, QUARANTINED)
 """`taken`: in the artifact. `declined`: the pass saw no way. `rejected`: the planner left it out.
-`rolled back`: verification failed. `quarantined`: not tried, because the pass had failed before.
-`reverted`: taken, then undone because it measured slower or
-the budget was overrun."""
+`rolled back`: it broke the contract of passes. `quarantined`: left out with its pass, which broke
+the contract elsewhere. `reverted`: taken, then undone because it measured slower or the budget was
+overrun."""
+
+FAULTY = (ROLLED_BACK, QUARANTINED)
+"""Outcomes of the candidates of a pass that broke its contract."""
 
 
 @dataclass(frozen=True)

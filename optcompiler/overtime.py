@@ -60,6 +60,7 @@ class _Limit:
         self.deadline = time.monotonic() + seconds
         self.frame = frame
         self.begun = False
+        self.struck = False
         self.overtime = type("Overtime", (Overtime,), {})
 
     def covers(self, frame: FrameType | None) -> bool:
@@ -69,6 +70,21 @@ class _Limit:
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
         return frame is not None
+
+    def run(self, call: Callable[[], T]) -> T:
+        """`call()`; one that was interrupted is over, whatever it made of that."""
+        try:
+            self.begun = True
+            result = call()
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            if self.struck:
+                raise TimeIsUp from None
+            raise
+        if self.struck:
+            raise TimeIsUp
+        return result
 
 
 # -- by the system's timer --------------------------------------------------------------------
@@ -96,10 +112,7 @@ def _by_timer(seconds: float, call: Callable[[], T]) -> T:
     _running.append(limit)
     _arm()
     try:
-        limit.begun = True
-        return call()
-    except limit.overtime:
-        raise TimeIsUp from None
+        return limit.run(call)
     finally:
         _running.pop()
         if _running:
@@ -125,6 +138,7 @@ def _ring(number: int, frame: FrameType | None) -> None:
             continue
         if limit.covers(frame):
             _arm()
+            limit.struck = True
             raise limit.overtime
         signal.setitimer(signal.ITIMER_REAL, SOON_S)
         return
@@ -151,14 +165,14 @@ def _by_watcher(seconds: float, call: Callable[[], T]) -> T:
         wait = seconds
         while not over.wait(wait):
             if limit.covers(_frames().get(thread)):
+                limit.struck = True
                 _raise_in(thread, limit.overtime)
             wait = AGAIN_S
 
     watcher = threading.Thread(target=watch, name="optcompiler-limit", daemon=True)
     watcher.start()
     try:
-        limit.begun = True
-        return call()
+        return limit.run(call)
     except limit.overtime:
         raise TimeIsUp from None
     finally:
@@ -174,5 +188,5 @@ def _by_watcher(seconds: float, call: Callable[[], T]) -> T:
 
 
 _OWN: frozenset[CodeType] = frozenset(
-    f.__code__ for f in (within, _by_timer, _arm, _ring, _by_watcher, _raise_in)
+    f.__code__ for f in (within, _Limit.run, _by_timer, _arm, _ring, _by_watcher, _raise_in)
 )

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from optcompiler.budget import Budget
 from optcompiler.damage import Judge
 from optcompiler.errors import Declined, PassFault, PluginError, VerificationError
-from optcompiler.ledger import DECLINED, QUARANTINED, REJECTED, ROLLED_BACK, TAKEN, Row
+from optcompiler.ledger import DECLINED, REJECTED, TAKEN, Row
 from optcompiler.program import Program
 from optcompiler.rewriting import Candidate, Pass, Stage, guarded
-from optcompiler.session import Refusal, Scorer, Session
+from optcompiler.session import Refusal, Scorer, Session, Step
 
 PROBES = 6
 """Most prefixes that one search tries."""
@@ -70,6 +70,8 @@ class Probe:
     holds: bool
     why: str
     refused: dict[Key, tuple[str, str]]
+    steps: tuple[Step, ...] = ()
+    """What was applied, in order, tuning included."""
     tuned: tuple[Tuned, ...] = ()
 
 
@@ -107,8 +109,7 @@ class Planner:
         """
         session = self.session
         offers = self._offers(base)
-        sound = [o for o in offers if o.pass_.name not in session.faults]
-        useful = sorted((o for o in sound if o.saving_us > 0), key=lambda o: (o.rank, o.key))
+        useful = sorted((o for o in offers if o.saving_us > 0), key=lambda o: (o.rank, o.key))
         best = self._empty(base)
         if useful:
             best = self._finished(self._search(base, useful, best))
@@ -118,8 +119,6 @@ class Planner:
                 outcome, reason = best.refused[offer.key]
             elif offer.key in taken:
                 outcome, reason = TAKEN, "inside the budget"
-            elif offer.pass_.name in session.faults:
-                outcome, reason = self._fault_of(offer)
             elif offer.saving_us <= 0:
                 outcome, reason = REJECTED, "predicted no faster"
             elif any(o.site == offer.site for o in best.chosen):
@@ -139,12 +138,6 @@ class Planner:
                 session.ledger.add(Row(tuner.name, "program", "-", DECLINED, why, exact=False))
         return best
 
-    def _fault_of(self, offer: Offer) -> tuple[str, str]:
-        fault = self.session.faults[offer.pass_.name]
-        if (fault.site, fault.choice) == (offer.candidate.site, offer.candidate.choice):
-            return ROLLED_BACK, fault.reason
-        return QUARANTINED, f"{offer.pass_.name} broke its contract elsewhere"
-
     _limit_text = "the budget was spent on candidates that save more for less damage"
 
     # -- offers -----------------------------------------------------------------------------
@@ -162,12 +155,7 @@ class Planner:
                 row = session.row(pass_, candidate, patch.outcome, patch.reason)
                 session.ledger.add(row)
                 continue
-            try:
-                damage = session.damage_of(self.quick, pass_, candidate, patch)
-            except PassFault as fault:
-                reason = session.quarantine(pass_, fault, base, candidate)
-                session.ledger.add(session.row(pass_, candidate, ROLLED_BACK, reason))
-                continue
+            damage = session.damage_of(self.quick, pass_, candidate, patch)
             priced.append(Offer(pass_, candidate, price - session.price_us(patch.after), damage))
         return self._priced_together(base, priced)
 
@@ -187,38 +175,36 @@ class Planner:
 
     def _price(self, base: Program, offers: Sequence[Offer]) -> float:
         """Predicted microseconds with these offers; infinite when together they are no program."""
-        program, _ = self._apply(base, [(o.pass_, o.candidate) for o in offers])
+        program, broken = self._together(base, offers)
         try:
-            return self.session.price_us(program)
-        except PluginError:
-            try:
-                program.verify()
-            except VerificationError:
-                return float("inf")
-            raise
+            if broken is None:
+                return self.session.price_us(program)
+        except PluginError as error:
+            broken = error
+        try:
+            program.verify()
+        except VerificationError:
+            return float("inf")
+        raise broken
 
-    def _apply(
-        self, program: Program, pairs: Sequence[tuple[Pass, Candidate]]
-    ) -> tuple[Program, dict[Key, tuple[str, str]]]:
-        """Apply candidates one after another to one private copy, for pricing; no verification."""
-        refused: dict[Key, tuple[str, str]] = {}
-        copy = program.clone()
-        for index, (pass_, candidate) in enumerate(pairs):
-            key = (pass_.name, candidate.site, candidate.choice)
-            if pass_.name in self.session.faults:
-                refused[key] = (QUARANTINED, f"{pass_.name} broke its contract elsewhere")
-                continue
+    def _together(self, base: Program, offers: Sequence[Offer]) -> tuple[Program, PassFault | None]:
+        """These offers applied one after another to one copy, for pricing, with no verification.
+
+        A fault of one of the passes ends it; the program is then what that pass was given.
+        """
+        copy = base.clone()
+        for index, offer in enumerate(offers):
+            pass_, candidate = offer.pass_, offer.candidate
             label = f"{pass_.name}[{candidate.site}={candidate.choice}]: the rewrite"
-            seconds = self.session.seconds(pass_, program)
+            seconds = self.session.seconds(pass_, base)
             try:
                 guarded(label, seconds, lambda c=candidate: c.rewrite(copy))
-            except Declined as reason:
-                refused[key] = (DECLINED, str(reason))
+            except Declined:
+                continue
             except PassFault as fault:
-                before, _ = self._apply(program, pairs[:index])
-                self.session.quarantine(pass_, fault, before, candidate)
-                return self._apply(program, pairs)
-        return copy, refused
+                before, _ = self._together(base, offers[:index])
+                return before, fault.by(pass_, before, candidate)
+        return copy, None
 
     # -- search -----------------------------------------------------------------------------
 
@@ -263,7 +249,7 @@ class Planner:
 
     def _probe(self, base: Program, prefix: Sequence[Offer]) -> Probe:
         chosen = _deepest(prefix)
-        program, refused = self._realise(base, chosen)
+        program, refused, steps = self._realise(base, chosen)
         try:
             damage = self.judge.damage(program)
         except Exception as error:
@@ -282,7 +268,7 @@ class Planner:
         )
         return Probe(
             tuple(o for o in chosen if o.key not in refused),
-            program, damage, score, holds, why, refused, tuple(tuned),
+            program, damage, score, holds, why, refused, (*steps, *_kept(tuned)), tuple(tuned),
         )  # fmt: skip
 
     def _finished(self, probe: Probe) -> Probe:
@@ -293,7 +279,10 @@ class Planner:
         holds, _, score = self._within(program, damage)
         if not holds:
             return probe
-        return replace(probe, program=program, damage=damage, score=score, tuned=tuple(tuned))
+        steps = (*probe.steps, *_kept(tuned))
+        return replace(
+            probe, program=program, damage=damage, score=score, steps=steps, tuned=tuple(tuned)
+        )
 
     def _worth_tuning(self, probe: Probe) -> bool:
         limit, allowed = self.budget.damage_limit, self.budget.max_drop
@@ -311,11 +300,7 @@ class Planner:
                 if isinstance(patch, Refusal):
                     self.session.progress.note(f"{tuner.name}: {patch.reason}")
                     continue
-                try:
-                    changed = self.session.damage_of(self.judge, tuner, candidate, patch)
-                except PassFault as fault:
-                    self.session.quarantine(tuner, fault, program, candidate)
-                    continue
+                changed = self.session.damage_of(self.judge, tuner, candidate, patch)
                 tuned.append((tuner, candidate, damage, changed, changed < damage))
                 if changed < damage:
                     program, damage = patch.after, changed
@@ -323,10 +308,11 @@ class Planner:
 
     def _realise(
         self, base: Program, chosen: Sequence[Offer]
-    ) -> tuple[Program, dict[Key, tuple[str, str]]]:
+    ) -> tuple[Program, dict[Key, tuple[str, str]], list[Step]]:
         """Apply the plan by stages; a later stage proposes anew on what an earlier one left."""
         session = self.session
         refused: dict[Key, tuple[str, str]] = {}
+        steps: list[Step] = []
         program = base
         for pass_ in self.lossy:
             mine = {o.key: o for o in chosen if o.pass_ is pass_}
@@ -345,7 +331,8 @@ class Planner:
                     refused[key] = (patch.outcome, patch.reason)
                 else:
                     program = patch.after
-        return program, refused
+                    steps.append((pass_, found[key]))
+        return program, refused, steps
 
     def _within(self, program: Program, damage: float) -> tuple[bool, str, float | None]:
         limit = self.budget.damage_limit
@@ -362,6 +349,10 @@ class Planner:
     def without(self, base: Program, probe: Probe, keys: set[Key]) -> Probe:
         """The plan with some offers taken out, applied and measured again."""
         return self._probe(base, [o for o in probe.chosen if o.key not in keys])
+
+
+def _kept(tuned: Sequence[Tuned]) -> list[Step]:
+    return [(pass_, candidate) for pass_, candidate, *_, kept in tuned if kept]
 
 
 def _deepest(prefix: Sequence[Offer]) -> list[Offer]:

@@ -15,7 +15,7 @@ import pluggy
 from optcompiler import hookspecs
 from optcompiler._version import __version__
 from optcompiler.errors import InputError, PluginError
-from optcompiler.overtime import TimeIsUp, within
+from optcompiler.foreign import contained
 
 if TYPE_CHECKING:
     from optcompiler.backend import Backend
@@ -302,11 +302,7 @@ def _load(entry: importlib.metadata.EntryPoint) -> Loaded:
 
 def _watched(what: str, call: Callable[[], T], remedy: str = ".") -> T:
     """`call()` of a plugin; raises `PluginError` for what it raises and when it does not end."""
-    try:
-        return within(LIMIT_S, call)
-    except PluginError:
-        raise
-    except TimeIsUp:
-        raise PluginError(f"{what} had not ended after {LIMIT_S:g} s{remedy}") from None
-    except (Exception, SystemExit, GeneratorExit) as error:
-        raise PluginError(f"{what} raised {type(error).__name__}: {error}{remedy}") from error
+    return contained(
+        call, lambda _, did: PluginError(f"{what} {did}{remedy}"),
+        seconds=LIMIT_S, allowed=(PluginError,),
+    )  # fmt: skip

@@ -24,7 +24,6 @@ from optcompiler._version import __version__
 from optcompiler.errors import (
     NUMBERS,
     OVERTIME,
-    Declined,
     InputError,
     OptcompilerError,
     PassFault,
@@ -32,6 +31,7 @@ from optcompiler.errors import (
 )
 from optcompiler.files import replacing_directory, to_json
 from optcompiler.program import Program
+from optcompiler.rewriting import Candidate, Patch
 from optcompiler.shrinking import shrink, weights_as_inputs
 from optcompiler.synthesis import random_batch
 
@@ -59,18 +59,14 @@ def trial(
     Without a site, proposing is all. None when it keeps its contract or has no such candidate.
     """
     try:
-        offered = session.proposed(pass_, program)
-        key = (site, choice)
-        found = [c for c in offered if (c.site, getattr(c, "choice", None)) == key]
-        for candidate in found:
-            patch = session.patch(pass_, candidate, program)  # pyright: ignore[reportArgumentType]
-            if patch.empty:
+        for item in session.proposed(pass_, program):
+            if not isinstance(item, Candidate) or (item.site, item.choice) != (site, choice):
                 continue
-            session.require_sound(candidate, patch)  # pyright: ignore[reportArgumentType]
+            patch = session.attempt(pass_, item, program)
+            if isinstance(patch, Patch):
+                session.require_sound(pass_, item, patch)
     except PassFault as fault:
         return fault
-    except Declined:
-        return None
     return None
 
 

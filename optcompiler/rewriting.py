@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from optcompiler.errors import INVALID, OVERTIME, RAISED, Declined, PassFault, PluginError
-from optcompiler.overtime import TimeIsUp, within
+from optcompiler.errors import INVALID, Declined, InputError, PassFault, PluginError
+from optcompiler.foreign import contained, told
 from optcompiler.program import Program
 
 if TYPE_CHECKING:
@@ -195,27 +195,20 @@ def apply_candidate(
         copy.stamp(added, pass_name)
         freeze(copy, changed)
     except Exception as error:
-        raise PassFault(
-            INVALID, f"{label}: the rewrite left no program: {type(error).__name__}: {error}."
-        ) from error
+        raise PassFault(INVALID, f"{label}: the rewrite left no program: {told(error)}.") from error
     return Patch(label, program, copy, added, removed, changed)
 
 
 def guarded(what: str, seconds: float, call: Callable[[], T]) -> T:
     """`call()` of a pass; raises `PassFault` beginning with `what` for all that it must not do.
 
-    Errors that are not of the pass's making go through: `Declined`, another plugin's fault, Ctrl-C.
+    What is not the pass's fault goes through: `Declined`, what the user must change
+    (`InputError`), another plugin's fault, Ctrl-C.
     """
-    try:
-        return within(seconds, call)
-    except (Declined, PluginError):
-        raise
-    except TimeIsUp:
-        raise PassFault(
-            OVERTIME, f"{what} was stopped: it had not ended after {seconds:g} s."
-        ) from None
-    except (Exception, SystemExit, GeneratorExit) as error:
-        raise PassFault(RAISED, f"{what} raised {type(error).__name__}: {error}.") from error
+    return contained(
+        call, lambda kind, did: PassFault(kind, f"{what} {did}."),
+        seconds=seconds, allowed=(Declined, InputError, PluginError),
+    )  # fmt: skip
 
 
 def freeze(program: Program, names: Iterable[str]) -> None:

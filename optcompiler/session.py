@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from optcompiler.backend import Backend, Kernel
 from optcompiler.binding import bind
-from optcompiler.contract import patch_of, proposals, seconds_for
+from optcompiler.contract import blaming, patch_of, proposals, seconds_for
 from optcompiler.cost import CostModel, DeviceProfile
 from optcompiler.damage import (
     Judge,
@@ -22,7 +23,6 @@ from optcompiler.damage import (
 )
 from optcompiler.errors import (
     INVALID,
-    NONSENSE,
     NUMBERS,
     Declined,
     PassFault,
@@ -30,7 +30,16 @@ from optcompiler.errors import (
     QuarantineWarning,
     UnsupportedOperatorError,
 )
-from optcompiler.ledger import DECLINED, QUARANTINED, REJECTED, ROLLED_BACK, TAKEN, Ledger, Row
+from optcompiler.ledger import (
+    DECLINED,
+    FAULTY,
+    QUARANTINED,
+    REJECTED,
+    ROLLED_BACK,
+    TAKEN,
+    Ledger,
+    Row,
+)
 from optcompiler.program import Program
 from optcompiler.rewriting import (
     Batch,
@@ -43,6 +52,9 @@ from optcompiler.rewriting import (
     Stage,
 )
 from optcompiler.target import Target
+
+Step = tuple[Pass, Candidate]
+"""A candidate as it is applied, with its pass."""
 
 FURTHER = 1.1
 """A rewrite of a quantised program may bring it this much further from the teacher."""
@@ -66,13 +78,10 @@ class Fault:
     reproducer: Path | None = None
 
     def __str__(self) -> str:
-        told = (
-            f"pass {self.pass_name} of {self.owner} is quarantined for this compile: {self.reason}"
-        )
-        where = (
-            f" Reproduce it with: optcompiler replay {self.reproducer}" if self.reproducer else ""
-        )
-        return told + where
+        told = f"pass {self.pass_name} of {self.owner}: {self.reason}"
+        if self.reproducer:
+            told += f" Reproduce it with: optcompiler replay {shlex.quote(str(self.reproducer))}"
+        return told
 
     def record(self) -> dict[str, str]:
         """For the manifest: nothing that differs between two machines."""
@@ -114,10 +123,11 @@ class Session:
     """In place of what the passes declare."""
     reproducers: Path | None = None
     """Where reproducers go; None writes none."""
-    faults: dict[str, Fault] = field(default_factory=dict[str, Fault])
-    """The quarantined passes, by name."""
-    history: list[tuple[Pass, Candidate]] = field(default_factory=list[tuple[Pass, Candidate]])
-    """Exact candidates that were taken, in order."""
+    faults: list[Fault] = field(default_factory=list[Fault])
+    """One for each quarantined pass."""
+    history: list[Step] = field(default_factory=list["Step"])
+    """Candidates that were taken, in order."""
+    _offered: dict[str, list[Candidate]] = field(default_factory=dict[str, list[Candidate]])
     _outputs: tuple[Program, list[Outputs]] | None = None
     _prices: dict[int, tuple[Program, float]] = field(
         default_factory=dict[int, tuple[Program, float]]
@@ -199,36 +209,18 @@ class Session:
 
     def proposed(self, pass_: Pass, program: Program) -> list[Candidate | Decline]:
         """What the pass yields. Raises `PassFault` when it breaks its contract."""
-        offered = proposals(pass_, program, self.context, self.seconds(pass_, program))
-        if pass_.stage in (Stage.CLEAN, Stage.FUSE):
-            for item in offered:
-                if isinstance(item, Candidate) and not item.exact:
-                    raise PassFault(
-                        NONSENSE,
-                        f"{pass_.name}: stage {pass_.stage.name} holds exact passes only, but the "
-                        f"candidate at {item.site!r} is not exact.",
-                    )
-        return offered
+        return proposals(pass_, program, self.context, self.seconds(pass_, program))
 
     def propose(self, pass_: Pass, program: Program, *, record: bool = True) -> list[Candidate]:
-        """The pass's candidates on `program`; what it declines goes to the ledger.
-
-        A quarantined pass has none, and one that breaks its contract here is quarantined.
-        """
-        if pass_.name in self.faults:
-            return []
-        try:
-            offered = self.proposed(pass_, program)
-        except PassFault as fault:
-            reason = self.quarantine(pass_, fault, program)
-            self.ledger.add(Row(pass_.name, "program", "propose", QUARANTINED, reason))
-            return []
-        if record:
-            for item in offered:
-                if isinstance(item, Decline):
-                    row = Row(pass_.name, item.site, "-", DECLINED, item.reason, nodes=item.nodes)
-                    self.ledger.add(row)
-        return [item for item in offered if isinstance(item, Candidate)]
+        """The pass's candidates on `program`; what it declines goes to the ledger."""
+        offered = self.proposed(pass_, program)
+        candidates = [item for item in offered if isinstance(item, Candidate)]
+        self._offered[pass_.name] = candidates
+        for item in offered:
+            if record and isinstance(item, Decline):
+                row = Row(pass_.name, item.site, "-", DECLINED, item.reason, nodes=item.nodes)
+                self.ledger.add(row)
+        return candidates
 
     def row(self, pass_: Pass, candidate: Candidate, outcome: str, reason: str) -> Row:
         return Row(
@@ -238,30 +230,48 @@ class Session:
 
     # -- faults ---------------------------------------------------------------------------
 
-    def quarantine(
-        self, pass_: Pass, fault: PassFault, program: Program, candidate: Candidate | None = None
-    ) -> str:
-        """Go on without the pass that did `fault` on `program`; the reason for the ledger.
+    def quarantine(self, fault: PassFault) -> Fault:
+        """Make ready to begin again without the pass that did `fault`.
 
-        The first fault of a pass is warned about and gets a reproducer. Raises `PluginError` when
-        faults stop the compile.
+        Writes a reproducer and warns. Raises `PluginError` when faults stop the compile.
         """
-        if pass_.name not in self.faults:
-            found = Fault(
-                pass_.name, self.owners.get(pass_.name, "a pass given in Python"),
-                candidate.site if candidate else "", candidate.choice if candidate else "",
-                fault.kind, str(fault), candidate.nodes if candidate else (),
-            )  # fmt: skip
-            if self.reproducers is not None:
-                from optcompiler.reproducer import write_reproducer
+        pass_, program, candidate = fault.pass_, fault.program, fault.candidate
+        assert pass_ is not None
+        assert program is not None
+        found = Fault(
+            pass_.name, self.owners.get(pass_.name, "a pass given in Python"),
+            candidate.site if candidate else "", candidate.choice if candidate else "",
+            fault.kind, str(fault), candidate.nodes if candidate else (),
+        )  # fmt: skip
+        if self.reproducers is not None:
+            from optcompiler.reproducer import write_reproducer
 
-                found = write_reproducer(self, pass_, found, program, self.reproducers)
-            self.faults[pass_.name] = found
-            if self.on_fault == "stop":
-                raise PluginError(str(found)) from fault
-            warnings.warn(str(found), QuarantineWarning, stacklevel=2)
-        place = self.faults[pass_.name].reproducer
-        return str(fault) + (f" Reproducer: {place.name}." if place else "")
+            found = write_reproducer(self, pass_, found, program, self.reproducers)
+        if self.on_fault == "stop":
+            raise PluginError(f"stopped at {found}") from fault
+        warnings.warn(QuarantineWarning(found), stacklevel=2)
+        self.faults.append(found)
+        rows = [r for r in self.ledger if r.outcome in FAULTY] + self._blame(found, fault)
+        self.ledger, self.history = Ledger(rows), []
+        return found
+
+    def _blame(self, found: Fault, fault: PassFault) -> list[Row]:
+        """A row for each candidate that the quarantined pass had proposed."""
+        reason = found.reason
+        if found.reproducer:
+            reason += f" Reproducer: {found.reproducer.name}."
+        pass_, guilty = fault.pass_, fault.candidate
+        assert pass_ is not None
+        if guilty is None:
+            return [Row(pass_.name, "program", "propose", QUARANTINED, reason)]
+        elsewhere = f"{pass_.name} broke its contract at {guilty.site!r}"
+        offered = {(c.site, c.choice): c for c in (*self._offered[pass_.name], guilty)}
+        return [
+            self.row(pass_, c, ROLLED_BACK, reason)
+            if key == (guilty.site, guilty.choice)
+            else self.row(pass_, c, QUARANTINED, elsewhere)
+            for key, c in offered.items()
+        ]
 
     # -- applying -------------------------------------------------------------------------
 
@@ -274,35 +284,31 @@ class Session:
         return patch_of(pass_, candidate, program, self.seconds(pass_, program), self.teacher)
 
     def attempt(self, pass_: Pass, candidate: Candidate, program: Program) -> Patch | Refusal:
-        """The verified patch, or why there is none; a fault quarantines the pass."""
-        if pass_.name in self.faults:
-            return Refusal(QUARANTINED, f"{pass_.name} broke its contract elsewhere")
+        """The verified patch, or why there is none. Raises `PassFault` as `patch` does."""
         try:
             patch = self.patch(pass_, candidate, program)
         except Declined as reason:
             return Refusal(DECLINED, str(reason))
-        except PassFault as fault:
-            return Refusal(ROLLED_BACK, self.quarantine(pass_, fault, program, candidate))
         return Refusal(DECLINED, "it changed nothing") if patch.empty else patch
 
     def apply_exact(self, pass_: Pass, program: Program, *, record: bool = True) -> Program:
-        """Take every exact candidate of the pass that verifies and is not predicted slower.
+        """Take every exact candidate of the pass that is not predicted slower.
 
         Structure is verified after each; numbers are compared once at the end, and one by one when
-        that fails, so that only what is wrong is rolled back.
+        that fails, so that the one that is wrong is named. Raises `PassFault`.
         """
         candidates = self.propose(pass_, program, record=record)
         after, rows = self._take(pass_, candidates, program)
-        if after is not program:
-            declared = max(candidates, key=lambda c: (c.typical, c.rtol))
-            error, _ = self.difference(declared, program, after)
-            if not error <= declared.rtol:
-                after, rows = self._sift(pass_, rows, program)
+        taken = [c for c, row in rows if row.outcome == TAKEN]
+        if taken:
+            loosest = max(taken, key=lambda c: (c.typical, c.rtol))
+            error, _ = self.difference(loosest, program, after)
+            if not error <= loosest.rtol:
+                after = self._one_by_one(pass_, taken, program)
         if record:
-            for candidate, row in rows:
+            for _, row in rows:
                 self.ledger.add(row)
-                if row.outcome == TAKEN:
-                    self.history.append((pass_, candidate))
+            self.history += [(pass_, c) for c in taken]
         return after
 
     def difference(
@@ -334,28 +340,26 @@ class Session:
             f"declares."
         )
 
-    def require_same(self, candidate: Candidate, patch: Patch) -> None:
-        """Raise `PassFault` when the patch does not compute what it says."""
-        error, words = self.difference(candidate, patch.before, patch.after)
-        if not error <= candidate.rtol:
-            raise PassFault(NUMBERS, f"{patch.label}: {words}")
-
-    def require_sound(self, candidate: Candidate, patch: Patch) -> None:
+    def require_sound(self, pass_: Pass, candidate: Candidate, patch: Patch) -> None:
         """Raise `PassFault` when an exact patch computes something else, or any cannot be run."""
-        if candidate.exact:
-            self.require_same(candidate, patch)
-            return
-        try:
-            self.run(patch.after, self.check)
-        except Exception as error:
-            raise _cannot_run(patch, error) from error
+        with blaming(pass_, patch.before, candidate):
+            if candidate.exact:
+                error, words = self.difference(candidate, patch.before, patch.after)
+                if not error <= candidate.rtol:
+                    raise PassFault(NUMBERS, f"{patch.label}: {words}")
+                return
+            try:
+                self.run(patch.after, self.check)
+            except Exception as error:
+                raise _cannot_run(patch, error) from error
 
     def damage_of(self, judge: Judge, pass_: Pass, candidate: Candidate, patch: Patch) -> float:
         """The damage that a patch does. Raises `PassFault` when what it made cannot be run."""
-        try:
-            return judge.damage(patch.after)
-        except Exception as error:
-            raise _cannot_run(patch, error) from error
+        with blaming(pass_, patch.before, candidate):
+            try:
+                return judge.damage(patch.after)
+            except Exception as error:
+                raise _cannot_run(patch, error) from error
 
     def _take(
         self, pass_: Pass, candidates: Sequence[Candidate], program: Program
@@ -378,29 +382,15 @@ class Session:
             rows.append((candidate, replace(row, saving_us=saving)))
         return program, rows
 
-    def _sift(
-        self, pass_: Pass, rows: Sequence[tuple[Candidate, Row]], program: Program
-    ) -> tuple[Program, list[tuple[Candidate, Row]]]:
-        """Take again what was taken, comparing numbers after each, up to the one that fails."""
-        sifted: list[tuple[Candidate, Row]] = []
-        failed = False
-        for candidate, row in rows:
-            if row.outcome == TAKEN and failed:
-                reason = f"{pass_.name} broke its contract elsewhere"
-                row = replace(row, outcome=QUARANTINED, reason=reason, saving_us=None)
-            elif row.outcome == TAKEN:
-                try:
-                    patch = self.patch(pass_, candidate, program)
-                    self.require_same(candidate, patch)
-                    program = patch.after
-                except Declined as declined:
-                    row = replace(row, outcome=DECLINED, reason=str(declined), saving_us=None)
-                except PassFault as fault:
-                    failed = True
-                    reason = self.quarantine(pass_, fault, program, candidate)
-                    row = replace(row, outcome=ROLLED_BACK, reason=reason, saving_us=None)
-            sifted.append((candidate, row))
-        return program, sifted
+    def _one_by_one(self, pass_: Pass, taken: Sequence[Candidate], program: Program) -> Program:
+        """Take again what was taken, comparing numbers after each. Raises `PassFault` at the first
+        that computes something else; what none of them alone does is rounding that adds up."""
+        for candidate in taken:
+            patch = self.attempt(pass_, candidate, program)
+            if isinstance(patch, Patch):
+                self.require_sound(pass_, candidate, patch)
+                program = patch.after
+        return program
 
 
 def _cannot_run(patch: Patch, error: Exception) -> PassFault:

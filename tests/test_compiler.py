@@ -113,8 +113,13 @@ def exact(rewrite: Callable[[Program], None]) -> Any:
     return compiled(sigmoid_net((1.0, 2.0)), passes=[Rewrite(rewrite)])
 
 
+def faulty(rewrite: Callable[[Program], None], said: str = "") -> Any:
+    with pytest.warns(QuarantineWarning, match=said):
+        return exact(rewrite)
+
+
 def test_exact_patch_that_computes_something_else_is_rolled_back() -> None:
-    got = exact(lambda program: setattr(program.node("s0"), "op_type", "Tanh"))
+    got = faulty(lambda program: setattr(program.node("s0"), "op_type", "Tanh"))
     (row,) = got.ledger
     assert row.outcome == ROLLED_BACK
     assert "outputs differ" in row.reason
@@ -122,7 +127,7 @@ def test_exact_patch_that_computes_something_else_is_rolled_back() -> None:
 
 
 def test_patch_that_is_not_valid_onnx_is_rolled_back() -> None:
-    got = exact(lambda program: setattr(program.node("s0"), "op_type", "Nonsense"))
+    got = faulty(lambda program: setattr(program.node("s0"), "op_type", "Nonsense"))
     (row,) = got.ledger
     assert row.outcome == ROLLED_BACK
     assert "rewrite[program=rewrite]: not valid ONNX" in row.reason
@@ -132,7 +137,7 @@ def test_patch_that_changes_the_interface_is_rolled_back() -> None:
     def rename(program: Program) -> None:
         program.graph.inputs[0].name = "z"
 
-    (row,) = exact(rename).ledger
+    (row,) = faulty(rename).ledger
     assert row.outcome == ROLLED_BACK
     assert "interface changed" in row.reason
 
@@ -168,9 +173,7 @@ def test_rewrite_that_raises_is_the_plugins_fault() -> None:
     said = r"rewrite\[program=rewrite\].*ZeroDivisionError: oops"
     with pytest.raises(PluginError, match=said):
         compiled(sigmoid_net((1.0, 2.0)), passes=[Rewrite(fail)], on_fault="stop")
-    with pytest.warns(QuarantineWarning, match=said):
-        got = exact(fail)
-    (row,) = got.ledger
+    (row,) = faulty(fail, said).ledger
     assert row.outcome == ROLLED_BACK
     assert "ZeroDivisionError: oops" in row.reason
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -50,6 +51,7 @@ class Distill(Pass):
     name: ClassVar[str] = "distill"
     stage: ClassVar[Stage] = Stage.TUNE
     summary: ClassVar[str] = "recover accuracy by distillation from the original model"
+    time_limit_s: ClassVar[float] = math.inf
 
     steps: int = 400
     learning_rate: float = 1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -72,6 +73,7 @@ class InsertQdq(Pass):
     name: ClassVar[str] = "insert-qdq"
     stage: ClassVar[Stage] = Stage.QUANTIZE
     summary: ClassVar[str] = "8-bit weights and activations where the target has integer kernels"
+    time_limit_s: ClassVar[float] = math.inf
 
     observer: str = "mse"
     weight_observer: str = "mse"

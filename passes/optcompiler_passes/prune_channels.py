@@ -83,6 +83,7 @@ class PruneChannels(Pass):
     # Without training, few layers give up a quarter of their channels within a usual budget, and
     # every candidate costs a run over the calibration data: asked for by name, not by default.
     default = False
+    time_limit_s = math.inf
 
     keep_ratio: float | tuple[float, ...] = (0.75, 0.5)
     importance: Importance = "magnitude"
