@@ -1,6 +1,6 @@
 """ONNX forms of torch operators that torch.onnx has none for, or a wrong one.
 
-`translations` is what `torch.onnx.export` takes as its `custom_translation_table`: a few operators
+`translations` is what `torch.onnx.export` knows as a `custom_translation_table`: a few operators
 are written in ONNX here, those of `optcompiler.ops.aten` become nodes of their own.
 """
 

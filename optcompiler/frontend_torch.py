@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.frontend import Dynamic, split_examples
-from optcompiler.frontend_operators import translations
+from optcompiler.frontend_export import to_onnx
 from optcompiler.frontend_trees import children, tree_from_spec
 from optcompiler.importing import program_from_onnx, quiet
 from optcompiler.program import Program
@@ -103,10 +103,7 @@ def program_from_exported(
     """
     with torch.no_grad(), quiet(), _tensor_outputs(exported):
         try:
-            converted: Any = torch.onnx.export(
-                exported, dynamo=True, optimize=False, verbose=False,
-                custom_translation_table=dict(translations()),
-            )  # fmt: skip
+            converted = to_onnx(exported)
         except Exception as error:
             raise _conversion_error(error) from error
     _check_stateless(converted.exported_program)
