@@ -168,7 +168,7 @@ def _schema_function(node: ir.Node, facts: Facts) -> Expansion | None:
     body = _body(schema, call, types, version if version else 1, imports)
     if body is None:
         return None
-    del body.input[len(names) :]
+    call.input.extend([""] * (len(body.input) - len(names)))
     del body.output[len(outputs) :]
     body.domain, body.name = BODY_DOMAIN, node.op_type
     call.domain = BODY_DOMAIN
