@@ -7,7 +7,6 @@ share with the compile's are read-only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,12 +38,6 @@ EXACT = (Stage.CLEAN, Stage.FUSE)
 
 LOOSEST_RTOL = 0.1
 """What a candidate that calls itself exact may ask to be judged by."""
-
-
-def seconds_for(pass_: Pass, program: Program, override: float | None = None) -> float:
-    """How long `propose` or a rewrite of `pass_` may take on `program`."""
-    per_thousand = pass_.time_limit_s if override is None else override
-    return per_thousand * max(1, math.ceil(len(program.graph) / 1000))
 
 
 @contextmanager

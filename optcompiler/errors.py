@@ -88,6 +88,9 @@ RAISED, OVERTIME, NONSENSE, INVALID, NUMBERS = FAULTS = (
 """An exception from the pass; it took too long; candidates that are none; a rewrite that left an
 invalid program or another interface; outputs that differ by more than declared."""
 
+CHECK = "check"
+"""The kind of what a user's check found, see `bisecting`."""
+
 
 class QuarantineWarning(UserWarning):
     """A compile goes on without a pass that broke its contract, as `fault` says."""

@@ -10,9 +10,8 @@ takes, in a directory.
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
-import warnings
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,26 +20,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optcompiler._version import __version__
-from optcompiler.errors import (
-    NUMBERS,
-    OVERTIME,
-    InputError,
-    OptcompilerError,
-    PassFault,
-    PluginError,
-)
-from optcompiler.files import replacing_directory, to_json
+from optcompiler.errors import NUMBERS, OVERTIME, PassFault
+from optcompiler.files import replacing_directory, to_json, write_text
+from optcompiler.foreign import told
 from optcompiler.program import Program
 from optcompiler.rewriting import Candidate, Patch
 from optcompiler.shrinking import shrink, weights_as_inputs
 from optcompiler.synthesis import random_batch
 
 if TYPE_CHECKING:
-    from optcompiler.plugins import Registry
     from optcompiler.rewriting import Batch, Pass
     from optcompiler.session import Fault, Session
 
 FORMAT = 1
+RECORD = "reproducer.json"
 SECONDS = 20.0
 TESTS = 400
 
@@ -78,15 +71,13 @@ def write_reproducer(
 ) -> Fault:
     """Write a reproducer under `directory` and return the fault with its path.
 
-    Takes `SECONDS` at most, and bounded space. A reproducer that cannot be written costs a warning,
-    never the compile.
+    Takes `SECONDS` at most, and bounded space. A reproducer that cannot be written never costs the
+    compile: the fault then says why.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         return replace(fault, reproducer=_write(session, pass_, fault, program, directory))
-    except (OSError, OptcompilerError, ValueError, RuntimeError) as error:
-        warnings.warn(f"no reproducer written for {pass_.name}: {error}", stacklevel=3)
-        return fault
+    except Exception as error:
+        return replace(fault, unwritten=f"{told(error)}.")
 
 
 def _write(session: Session, pass_: Pass, fault: Fault, program: Program, directory: Path) -> Path:
@@ -99,9 +90,21 @@ def _write(session: Session, pass_: Pass, fault: Fault, program: Program, direct
     if left_out:
         least = weights_as_inputs(least, list(least.weights()))
     inputs = case.batch(least) if case.needs_inputs and not left_out else None
-    if inputs is not None and sum(a.nbytes for a in inputs.values()) > MOST_BYTES:
-        inputs = None
-    record = {
+    record = recorded(session, pass_, fault) | {
+        "time_limit_s": case.patience,
+        "shown_again": again,
+        "weights_left_out": left_out,
+        "nodes": {"before": len(program.graph), "after": len(least.graph)},
+        "tests": tests,
+    }
+    place = directory / _name(record, program)
+    store(place, record, _readme(record, place), {"program.onnx": least}, inputs)
+    return place
+
+
+def recorded(session: Session, pass_: Pass, fault: Fault) -> dict[str, Any]:
+    """What every reproducer says of the pass, the candidate and the session."""
+    return {
         "format": FORMAT,
         "pass": pass_.name,
         "options": pass_.options(),
@@ -110,29 +113,32 @@ def _write(session: Session, pass_: Pass, fault: Fault, program: Program, direct
         "choice": fault.choice,
         "kind": fault.kind,
         "reason": fault.reason,
-        "time_limit_s": case.patience,
+        "time_limit_s": session.limit_s(pass_),
         "target": str(session.target),
         "precisions": sorted(session.context.precisions),
         "calibrated": bool(session.context.calibration),
         "seed": session.context.seed,
-        "shown_again": again,
-        "weights_left_out": left_out,
-        "nodes": {"before": len(program.graph), "after": len(least.graph)},
-        "tests": tests,
         "versions": {
             "optcompiler": __version__, "python": platform.python_version(),
             **session.backend.versions(),
         },
     }  # fmt: skip
-    place = directory / _name(record, program)
+
+
+def store(
+    place: Path, record: Mapping[str, Any], readme: str, programs: Mapping[str, Program],
+    inputs: Batch | None,
+) -> None:  # fmt: skip
+    """Write a reproducer in one step; inputs beyond `MOST_BYTES` are left out."""
+    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with replacing_directory(place, lambda _: None) as fresh:
         fresh.chmod(0o700)
-        least.save(fresh / "program.onnx")
-        if inputs is not None:
+        for name, program in programs.items():
+            program.save(fresh / name)
+        if inputs is not None and sum(a.nbytes for a in inputs.values()) <= MOST_BYTES:
             np.savez(fresh / "inputs.npz", **inputs)  # pyright: ignore[reportArgumentType]
-        (fresh / "reproducer.json").write_text(to_json(record), encoding="utf-8")
-        (fresh / "README.txt").write_text(_readme(record, place), encoding="utf-8")
-    return place
+        write_text(fresh / RECORD, to_json(record))
+        write_text(fresh / "README.txt", readme)
 
 
 def _name(record: Mapping[str, Any], program: Program) -> str:
@@ -146,7 +152,8 @@ def _readme(record: Mapping[str, Any], place: Path) -> str:
     shown = "" if record["shown_again"] else "\nIt did not show again when tried once more.\n"
     weights = "\nThe weights were too large to keep; they are inputs.\n"
     return (
-        f"{record['reason']}\n\nReplay it with\n\n    optcompiler replay {place}\n\n"
+        f"{record['reason']}\n\nReplay it with\n\n"
+        f"    optcompiler replay {shlex.quote(str(place))}\n\n"
         f"which ends with 0 when the pass no longer fails here, with 1 when it does, and with 5\n"
         f"when the pass is not installed.\n"
         + shown
@@ -167,8 +174,7 @@ class _Case:
 
     @classmethod
     def of(cls, session: Session, pass_: Pass, fault: Fault, program: Program) -> _Case:
-        known = session.time_limit_s
-        patience = pass_.time_limit_s if known is None else known
+        patience = session.limit_s(pass_)
         if fault.kind == OVERTIME:
             patience = min(patience, PATIENCE_S)
         case = cls(session, pass_, fault, {}, patience, (fault.site, *fault.nodes))
@@ -215,58 +221,3 @@ def observed(session: Session, program: Program) -> dict[str, np.ndarray]:
     if len(names) == len(tensors):
         values |= {n: t.numpy() for n, t in zip(names, tensors, strict=True)}
     return values
-
-
-# -- replaying --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What came of replaying a reproducer; `fault` is None when the pass keeps its contract."""
-
-    record: Mapping[str, Any]
-    owner: str
-    fault: PassFault | None
-
-
-def replay(directory: Path, registry: Registry) -> Replay:
-    """Do again what a reproducer records.
-
-    Raises `InputError` for what is no reproducer, `PluginError` when the pass is not installed.
-    """
-    from optcompiler.compiler import session_for
-    from optcompiler.pipeline import from_options
-
-    record = _read(directory)
-    program = Program.from_onnx(directory / "program.onnx")
-    batch: Batch = random_batch(program.inputs, seed=record["seed"])
-    if (directory / "inputs.npz").exists():
-        with np.load(directory / "inputs.npz", allow_pickle=False) as stored:
-            batch = {name: stored[name] for name in stored.files}
-    name = str(record["pass"])
-    if name not in registry.passes:
-        raise PluginError(
-            f"pass {name!r} of {record['owner']} is not installed; install that distribution and "
-            f"replay again."
-        )
-    pass_ = from_options(registry.pass_class(name), record["options"])
-    session = session_for(
-        program, registry, target=record["target"], precisions=frozenset(record["precisions"]),
-        batch=batch, calibrated=record["calibrated"], seed=record["seed"],
-    )  # fmt: skip
-    session.time_limit_s = float(record["time_limit_s"])
-    fault = trial(session, pass_, program, record["site"], record["choice"])
-    return Replay(record, registry.owner_of_pass(name), fault)
-
-
-def _read(directory: Path) -> dict[str, Any]:
-    path = directory / "reproducer.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{directory} is no reproducer: {path.name}: {error.strerror}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise InputError(f"{path} is no reproducer of format {FORMAT}.")
-    return record

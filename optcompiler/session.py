@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import tempfile
 import warnings
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from optcompiler.backend import Backend, Kernel
 from optcompiler.binding import bind
-from optcompiler.contract import blaming, patch_of, proposals, seconds_for
+from optcompiler.contract import blaming, patch_of, proposals
 from optcompiler.cost import CostModel, DeviceProfile
 from optcompiler.damage import (
     Judge,
@@ -76,11 +77,15 @@ class Fault:
     reason: str
     nodes: tuple[str, ...] = ()
     reproducer: Path | None = None
+    unwritten: str = ""
+    """Why there is no reproducer, where one was wanted."""
 
     def __str__(self) -> str:
         told = f"pass {self.pass_name} of {self.owner}: {self.reason}"
         if self.reproducer:
             told += f" Reproduce it with: optcompiler replay {shlex.quote(str(self.reproducer))}"
+        elif self.unwritten:
+            told += f" No reproducer could be written: {self.unwritten}"
         return told
 
     def record(self) -> dict[str, str]:
@@ -204,8 +209,13 @@ class Session:
 
     # -- proposals ------------------------------------------------------------------------
 
+    def limit_s(self, pass_: Pass) -> float:
+        """The limit of the pass, for a thousand nodes."""
+        return pass_.time_limit_s if self.time_limit_s is None else self.time_limit_s
+
     def seconds(self, pass_: Pass, program: Program) -> float:
-        return seconds_for(pass_, program, self.time_limit_s)
+        """How long proposing, or one rewrite, may take on this program."""
+        return self.limit_s(pass_) * max(1, math.ceil(len(program.graph) / 1000))
 
     def proposed(self, pass_: Pass, program: Program) -> list[Candidate | Decline]:
         """What the pass yields. Raises `PassFault` when it breaks its contract."""

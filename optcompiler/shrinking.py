@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import onnx_ir as ir
 
-from optcompiler.program import Program, consumed
+from optcompiler.program import Program, consumed, node_fingerprint
 
 SMALL = 64
 """Initializers of fewer elements are kept: a pass may look at their values."""
@@ -50,6 +50,53 @@ def extract(program: Program, keep: Iterable[str]) -> Program:
         del graph.initializers[name]
     part.sweep()
     return part
+
+
+def put_back(program: Program, names: Iterable[str], part: Program) -> Program:
+    """A copy of `program` with the named nodes replaced by those of `part`, to which what `extract`
+    made of them was rewritten. Raises `ValueError` where names of functions clash."""
+    wanted = set(names)
+    copy, inner = program.clone(), part.clone()
+    graph, source = copy.graph, inner.graph
+    gone = [n for n in graph if n.name in wanted]
+    made = {v.name: v for n in gone for v in n.outputs if v.name}
+    known = {v.name: v for v in (*graph.inputs, *graph.initializers.values())}
+    known |= {v.name: v for n in graph if n.name not in wanted for v in n.outputs}
+    for value in source.inputs:
+        ir.convenience.replace_all_uses_with(value, known[value.name])
+    for name, value in list(source.initializers.items()):
+        old = graph.initializers.get(name)
+        if old is not None and old.const_value is value.const_value:
+            ir.convenience.replace_all_uses_with(value, old)
+            continue
+        del source.initializers[name]
+        value.name = copy.fresh_name(name)
+        graph.register_initializer(value)
+    for value in source.outputs:
+        old = made[value.name or ""]
+        ir.convenience.replace_all_uses_with(old, value)
+        for index, shown in enumerate(graph.outputs):
+            if shown is old:
+                graph.outputs[index] = value
+    source.outputs.clear()
+    nodes = list(source)
+    source.remove(nodes)
+    read = {v for n in gone for v in consumed(n)}
+    for node in gone:
+        _detach(node)
+    graph.remove(gone)
+    graph.extend(nodes)
+    graph.sort()
+    for name, value in list(graph.initializers.items()):
+        if value in read and not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+    for domain, version in source.opset_imports.items():
+        graph.opset_imports.setdefault(domain, version)
+    for key, function in inner.functions.items():
+        mine = copy.functions.setdefault(key, function)
+        if [*map(node_fingerprint, mine)] != [*map(node_fingerprint, function)]:
+            raise ValueError(f"two functions are called {key}")
+    return copy
 
 
 def _detach(node: ir.Node) -> None:
@@ -131,21 +178,40 @@ def _around(program: Program, focus: Sequence[str], search: _Search) -> Program 
 
 
 def _fewer_nodes(best: Program, search: _Search) -> Program:
-    size = max(1, len(best.graph) // 2)
+    def shows(names: Sequence[str]) -> bool:
+        nonlocal best
+        found = search.accepts(lambda: extract(best, names))
+        best = found or best
+        return found is not None
+
+    fewest([str(n.name) for n in best.graph], shows, over=lambda: search.over)
+    return best
+
+
+def fewest(
+    items: Sequence[str],
+    shows: Callable[[Sequence[str]], bool],
+    *,
+    over: Callable[[], bool] = lambda: False,
+) -> list[str]:
+    """Items that together still show and of which none can be left out, or fewer tries were left.
+
+    All of them are known to show. Chunks of half of them are left out, then smaller ones.
+    """
+    kept = list(items)
+    size = max(1, len(kept) // 2)
     while True:
-        names = [str(n.name) for n in best.graph]
+        chunks = [set(kept[i : i + size]) for i in range(0, len(kept), size)]
         smaller = False
-        for start in range(0, len(names), size):
-            chunk = set(names[start : start + size])
-            rest = [n for n in (str(n.name) for n in best.graph) if n not in chunk]
-            if not rest or len(rest) == len(best.graph) or search.over:
-                continue
-            found = search.accepts(lambda b=best, r=rest: extract(b, r))
-            if found is not None:
-                best, smaller = found, True
-        if search.over or (size == 1 and not smaller):
-            return best
-        size = max(1, min(size // 2, len(best.graph) // 2))
+        for chunk in chunks:
+            if over():
+                return kept
+            rest = [item for item in kept if item not in chunk]
+            if rest and shows(rest):
+                kept, smaller = rest, True
+        if size == 1 and not smaller:
+            return kept
+        size = max(1, min(size // 2, len(kept) // 2))
 
 
 def _fewer_outputs(best: Program, search: _Search) -> Program:

@@ -6,11 +6,13 @@ import click
 
 from optcompiler._version import __version__
 from optcompiler.cli.bench import bench
+from optcompiler.cli.bisect import bisect
 from optcompiler.cli.compile import compile_
 from optcompiler.cli.diff import diff
 from optcompiler.cli.explain import explain
 from optcompiler.cli.inspect import inspect
 from optcompiler.cli.listing import device, passes, plugins
+from optcompiler.cli.replay import replay
 from optcompiler.cli.shell import Shell
 from optcompiler.cli.verify import verify
 
@@ -26,5 +28,7 @@ def main() -> None:
     """
 
 
-for command in (compile_, inspect, bench, verify, explain, diff, plugins, passes, device):
+for command in (
+    compile_, inspect, bench, verify, explain, diff, bisect, replay, plugins, passes, device,
+):  # fmt: skip
     main.add_command(command)

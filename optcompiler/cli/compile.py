@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from optcompiler.cli.models import dynamic_axes, model_of
-from optcompiler.cli.shell import common, write
+from optcompiler.cli import options
+from optcompiler.cli.models import model_of
+from optcompiler.cli.shell import common, telling_faults, write
 
 if TYPE_CHECKING:
     from optcompiler.plugins import Registry
+    from optcompiler.session import Fault
 
 
 @click.command("compile")
@@ -22,46 +24,41 @@ if TYPE_CHECKING:
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR",
     help="Where the artifact goes; one that is there is replaced in one step.",
 )  # fmt: skip
-@click.option(
-    "--target", default="onnxruntime", show_default=True, metavar="NAME[:KEY=VALUE,...]",
-    help="Backend with its options, for example cpu:threads=2.",
-)  # fmt: skip
-@click.option(
-    "--precision", default="auto", show_default=True,
-    help="fp32 (exact passes only), one of the target's precisions, or auto.",
-)  # fmt: skip
-@click.option("--calibration", metavar="REF", help="Folder of .npz files, or module:name.")
+@options.target
+@options.precision
+@options.calibration
 @click.option(
     "--metric", metavar="REF", help="module:function or file.py:function, model to score."
 )
 @click.option("--smaller-is-better", is_flag=True, help="The metric is a loss.")
 @click.option("--max-drop", type=float, help="How much the metric may lose, in its own unit.")
-@click.option("--max-damage", type=float, help="Loss of agreement with the model as imported.")
+@options.max_damage
 @click.option("--max-latency-ms", type=float, help="Median latency to reach.")
 @click.option("--max-size-mb", type=float, help="Size of code and weights to reach, in 10^6 bytes.")
 @click.option("--search-minutes", type=float, help="Then the best plan so far is taken.")
-@click.option(
-    "--pass", "passes", multiple=True, metavar="NAME[:OPTION=VALUE,...]",
-    help="Run this pass instead of the default ones; may be repeated. `default` stands for those.",
-)  # fmt: skip
-@click.option(
-    "--dynamic", multiple=True, callback=dynamic_axes, metavar="[NAME:AXIS=]SYMBOL",
-    help="Keep axis AXIS of input NAME symbolic; SYMBOL alone: axis 0 of every input.",
-)  # fmt: skip
+@options.passes
+@options.dynamic
 @click.option(
     "--keep-best", type=click.Path(path_type=Path), metavar="DIR",
     help="When a gate fails, write the best artifact that was found here.",
 )  # fmt: skip
-@click.option("--damage", default="kl", show_default=True, help="Measure of damage: kl or nmse.")
+@options.damage
 @click.option("--cost-model", default="roofline", show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@options.seed
+@click.option(
+    "--on-fault", type=click.Choice(["continue", "stop"]), default="continue", show_default=True,
+    help="When a pass breaks its contract: go on without it, or stop with exit code 5.",
+)  # fmt: skip
+@options.time_limit
+@options.reproducers
 @common
 def compile_(
     model: str, output: Path, target: str, precision: str, calibration: str | None,
     metric: str | None, smaller_is_better: bool, max_drop: float | None, max_damage: float | None,
     max_latency_ms: float | None, max_size_mb: float | None, search_minutes: float | None,
     passes: tuple[str, ...], dynamic: dict[str, dict[int, str]] | str | None,
-    keep_best: Path | None, damage: str, cost_model: str, seed: int,
+    keep_best: Path | None, damage: str, cost_model: str, seed: int, on_fault: str,
+    time_limit_s: float | None, reproducers: Path | None,
     as_json: bool, registry: Callable[[], Registry],
 ) -> None:  # fmt: skip
     """Compile MODEL and write the artifact to DIR.
@@ -91,12 +88,15 @@ def compile_(
     from optcompiler.compiler import compile as run  # imports torch; what is refused costs little
 
     try:
-        compiled = run(
-            source, example_inputs, target=target, precision=precision,
-            calibration=calibration_from_reference(calibration) if calibration else None,
-            budget=budget, passes=list(passes) or None, dynamic=dynamic, damage=damage,
-            cost_model=cost_model, seed=seed, registry=plugins, progress=progress_on(sys.stderr),
-        )  # fmt: skip
+        with telling_faults() as faults:
+            compiled = run(
+                source, example_inputs, target=target, precision=precision,
+                calibration=calibration_from_reference(calibration) if calibration else None,
+                budget=budget, passes=list(passes) or None, dynamic=dynamic, damage=damage,
+                cost_model=cost_model, seed=seed, registry=plugins,
+                progress=progress_on(sys.stderr), on_fault=on_fault, time_limit_s=time_limit_s,
+                reproducers=reproducers,
+            )  # fmt: skip
     except GateError as error:
         best = getattr(error, "compiled", None)
         if best is not None:
@@ -106,7 +106,7 @@ def compile_(
         raise
     with compiled:
         compiled.save(output)
-        _report(compiled, output, as_json)
+        _report(compiled, output, faults, as_json)
 
 
 def _budget(**limits: Any) -> Any:
@@ -115,7 +115,7 @@ def _budget(**limits: Any) -> Any:
     return Budget(**limits)
 
 
-def _report(compiled: Any, output: Path, as_json: bool) -> None:
+def _report(compiled: Any, output: Path, faults: list[Fault], as_json: bool) -> None:
     from rich.text import Text
 
     from optcompiler.ledger import OUTCOMES
@@ -125,6 +125,7 @@ def _report(compiled: Any, output: Path, as_json: bool) -> None:
         "manifest": compiled.manifest,
         "measurements": compiled.measurements,
         "ledger": {o: len(compiled.ledger.with_outcome(o)) for o in OUTCOMES},
+        "quarantined": faults,
     }
     lines = compiled.summary() + f"\nwritten to {output}"
     write(data, lambda: [Text(lines)], as_json=as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -11,19 +12,21 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from optcompiler._version import __version__
-from optcompiler.errors import OptcompilerError
+from optcompiler.errors import OptcompilerError, QuarantineWarning
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from optcompiler.plugins import Registry
+    from optcompiler.session import Fault
 
 INTERNAL = 70
 INTERRUPTED = 130
@@ -136,11 +139,35 @@ def _forget_stdout() -> None:
     os.close(nowhere)
 
 
-def _failed(kind: str, message: str, code: int, as_json: bool, **more: str) -> int:
+@contextlib.contextmanager
+def telling_faults() -> Generator[list[Fault]]:
+    """A line on stderr for each pass that is left out; the faults, as they come."""
+    faults: list[Fault] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", QuarantineWarning)
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+            if isinstance(message, QuarantineWarning):
+                faults.append(message.fault)
+                say(str(message))
+            else:
+                shown(message, *rest, **more)
+
+        warnings.showwarning = show
+        yield faults
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
     if len(line) > LONGEST_LINE:  # names in models may be of any length
         line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
     click.echo(f"{DISTRIBUTION}: {line}", err=True)
+
+
+def _failed(kind: str, message: str, code: int, as_json: bool, **more: str) -> int:
+    say(message)
     if as_json:
         error = {"kind": kind, "message": message, "exit_code": code, **more}
         click.echo(json.dumps({"error": error}, indent=1, sort_keys=True))
