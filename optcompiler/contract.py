@@ -106,14 +106,19 @@ def patch_of(
     """
     with blaming(pass_, program, candidate):
         patch = apply_candidate(pass_.name, candidate, program, seconds)
-        try:
-            if not patch.empty:
-                patch.after.verify(like=like)
-        except VerificationError as error:
-            raise PassFault(INVALID, f"{patch.label}: {error}") from error
-        except Exception as error:
-            raise PassFault(INVALID, f"{patch.label}: no program: {told(error)}.") from error
+        if not patch.empty:
+            require_valid(patch, like)
     return patch
+
+
+def require_valid(patch: Patch, like: Program) -> None:
+    """Raise `PassFault` when a patch made what is no program with the interface of `like`."""
+    try:
+        patch.after.verify(like=like)
+    except VerificationError as error:
+        raise PassFault(INVALID, f"{patch.label}: {error}") from error
+    except Exception as error:
+        raise PassFault(INVALID, f"{patch.label}: no program: {told(error)}.") from error
 
 
 def _wrong_with(item: Any) -> str:

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx
@@ -28,6 +28,10 @@ PASS_KEY = "optcompiler.pass"
 
 SOURCE_KEY = "optcompiler.source"
 """Metadata key of a node: the module path it was traced from."""
+
+
+STUB_ABOVE_BYTES = 1000
+"""Initializers beyond this are left out where only types and shapes matter."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,17 @@ class Program:
     """A valid ONNX model with static types, unique names and no overlapping edits.
 
     Storage is `model`, an `onnx_ir.Model`; nothing is kept beside it, so any onnx_ir tool works on
-    it. Every node and value has a unique name; names of surviving nodes and values do not change
+    it but an index of names, which is looked through anew when it does not answer. Every node and
+    value has a unique name; names of surviving nodes and values do not change
     from pass to pass, which is what makes sites stable. Weights are shared between clones and stay
     memory-mapped when they were loaded from external data.
     """
 
-    __slots__ = ("model",)
+    __slots__ = ("_index", "model")
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
+        self._index: _Index | None = None
 
     # -- in and out -------------------------------------------------------------------------
 
@@ -182,14 +188,21 @@ class Program:
 
     def node(self, name: str) -> ir.Node | None:
         """The node of the main graph with this name, or None."""
-        return next((n for n in self.graph if n.name == name), None)
+        return self._names.node(name) or self._looked_through().node(name)
 
     def value(self, name: str) -> ir.Value | None:
         """The value of the main graph with this name, or None."""
-        for v in (*self.graph.inputs, *self.graph.initializers.values()):
-            if v.name == name:
-                return v
-        return next((v for n in self.graph for v in n.outputs if v.name == name), None)
+        return self._names.value(name) or self._looked_through().value(name)
+
+    @property
+    def _names(self) -> _Index:
+        return self._index or self._looked_through()
+
+    def _looked_through(self) -> _Index:
+        """The index of names, made anew; names that were given out stay so."""
+        given = self._index.given if self._index is not None else set[str]()
+        self._index = _Index(self.graph, given)
+        return self._index
 
     def weights(self) -> dict[str, ir.TensorProtocol]:
         """Initializers of the main graph by name."""
@@ -288,6 +301,20 @@ class Program:
         self.graph.register_initializer(value)
         return value
 
+    def hold(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+        """Put an initializer of the same name in the place of a node's one result.
+
+        A graph output stays the output. Returns the initializer; the node is removed.
+        """
+        node, name = value.producer(), str(value.name)
+        assert node is not None
+        tensor.name = name
+        held = ir.val(name, tensor.dtype, ir.Shape(tensor.shape.numpy()), const_value=tensor)
+        value.replace_all_uses_with(held, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+        self.graph.register_initializer(held)
+        return held
+
     def set_weight(self, value: ir.Value, array: np.ndarray) -> None:
         """Give an initializer new contents (and type and shape) under its own name."""
         tensor = ir.tensor(array, name=value.name)
@@ -296,14 +323,51 @@ class Program:
         value.shape = ir.Shape(array.shape)
 
     def fresh_name(self, stem: str) -> str:
-        """`stem`, or `stem_1`, `stem_2`, … : a name that no node or value of the graph has."""
-        taken = {v.name for v in self.graph.inputs} | set(self.graph.initializers)
-        for node in self.graph:
-            taken.add(node.name)
-            taken.update(v.name for v in node.outputs)
-        if stem not in taken:
-            return stem
-        return next(f"{stem}_{i}" for i in range(1, 1 << 30) if f"{stem}_{i}" not in taken)
+        """`stem`, or `stem_1`, `stem_2`, … : a name that no node or value of the graph has.
+
+        A name that was given out is not given again. A name that a rewrite made up itself is known
+        here when it did so before its first question, or in place of a name that was known.
+        """
+        name, count = stem, 0
+        while self._taken(name):
+            count += 1
+            name = f"{stem}_{count}"
+        self._names.given.add(name)
+        return name
+
+    def _taken(self, name: str) -> bool:
+        if name in self._names.given or name in self.graph.initializers:
+            return True
+        if not self._names.has(name):
+            return False
+        if self._names.node(name) is not None or self._names.value(name) is not None:
+            return True
+        return self._looked_through().has(name)
+
+    def discard(self, *nodes: ir.Node) -> None:
+        """Remove nodes whose results nothing uses, and what only they used, as far as it goes.
+
+        Takes time in proportion to what is removed, where `sweep` looks at the whole program.
+        """
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+                continue
+            read = list(dict.fromkeys(consumed(node)))
+            node.graph.remove(node, safe=True)
+            for value in read:
+                producer = value.producer()
+                if producer is not None:
+                    waiting.append(producer)
+                elif value.is_initializer() and not value.is_graph_input():
+                    self.forget(value)
+
+    def forget(self, value: ir.Value) -> None:
+        """Remove an initializer that nothing uses."""
+        held = value.graph
+        if held is not None and not value.uses() and not value.is_graph_output():
+            held.initializers.pop(str(value.name), None)
 
     def sweep(self) -> None:
         """Remove nodes, initializers and functions that nothing uses."""
@@ -365,6 +429,41 @@ class Program:
 
     def __repr__(self) -> str:
         return f"Program({_ports(self)}, {len(self.graph)} nodes, {self.weight_bytes} weight bytes)"
+
+
+class _Index:
+    """Nodes and values of a graph by name, as they were when it was looked through.
+
+    What is found is still there under its name; what is not found may have come since.
+    """
+
+    def __init__(self, graph: ir.Graph, given: set[str]) -> None:
+        self.graph = graph
+        self.given = given
+        self._nodes: dict[str, ir.Node] = {}
+        self._values: dict[str, ir.Value] = {}
+        for value in (*graph.inputs, *graph.initializers.values()):
+            self._values.setdefault(str(value.name), value)
+        for node in graph:
+            self._nodes.setdefault(str(node.name), node)
+            for value in node.outputs:
+                self._values.setdefault(str(value.name), value)
+
+    def has(self, name: str) -> bool:
+        return name in self._nodes or name in self._values
+
+    def node(self, name: str) -> ir.Node | None:
+        found = self._nodes.get(name)
+        there = found is not None and found.graph is self.graph and found.name == name
+        return found if there else None
+
+    def value(self, name: str) -> ir.Value | None:
+        found = self._values.get(name)
+        if found is None or found.name != name:
+            return None
+        producer = found.producer()
+        there = found.graph is self.graph if producer is None else producer.graph is self.graph
+        return found if there else None
 
 
 def port(value: ir.Value) -> Port:
@@ -455,10 +554,25 @@ def tensor_hash(tensor: ir.TensorProtocol) -> str:
 
 
 def _stub_proto(model: ir.Model) -> onnx.ModelProto:
-    """A protobuf in which large initializers are inputs, so that checking copies no weights."""
-    from onnx_ir.passes.common._c_api_utils import call_onnx_api
+    """A protobuf in which all initializers are inputs, too, and large ones nothing else, so that
+    checking copies no weights."""
+    graph = model.graph
+    weights = [v for v in graph.initializers.values() if not v.is_graph_input()]
+    small = [v for v in graph.initializers.values() if _small(v.const_value)]
+    view = ir.GraphView(
+        [*graph.inputs, *weights], graph.outputs, nodes=graph, initializers=small,
+        opset_imports=graph.opset_imports, name=graph.name,
+    )  # fmt: skip
+    stub: Any = ir.Model(
+        cast("ir.Graph", view),
+        ir_version=model.ir_version,
+        functions=list(model.functions.values()),
+    )
+    return ir.to_proto(stub)
 
-    return call_onnx_api(lambda proto: proto, model)
+
+def _small(tensor: ir.TensorProtocol | None) -> bool:
+    return tensor is not None and tensor.nbytes <= STUB_ABOVE_BYTES
 
 
 def _one_line(error: Exception) -> str:

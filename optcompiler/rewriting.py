@@ -69,7 +69,9 @@ class Candidate:
     value here and there to the next level.
 
     `rewrite` edits the private copy it is given. It looks its site up by name, because other
-    candidates may have been applied before it, and raises `Declined` when the site is gone.
+    candidates may have been applied before it, and raises `Declined` when the site is gone. Many
+    candidates of a pass may be applied to one copy before it is looked at, so a rewrite works where
+    its site is and not through the whole program: what it leaves unused the core sweeps up.
     """
 
     site: str
@@ -190,13 +192,27 @@ def apply_candidate(
     label = f"{pass_name}[{candidate.site}={candidate.choice}]"
     copy = program.clone()
     guarded(f"{label}: the rewrite", seconds, lambda: candidate.rewrite(copy))
+    return patch_between(pass_name, label, program, copy)
+
+
+def patch_between(pass_name: str, label: str, before: Program, after: Program) -> Patch:
+    """What rewrites of a pass made of `before`, with their nodes stamped and weights read-only.
+
+    What they left unused is removed. Raises `PassFault` when `after` is no program.
+    """
     try:
-        added, removed, changed = copy.changes_since(program)
-        copy.stamp(added, pass_name)
-        freeze(copy, changed)
+        added, removed, changed = after.changes_since(before)
+        if added or removed or changed:
+            after.sweep()
+            kept, weights = {str(n.name) for n in after.graph}, after.weights()
+            added = tuple(name for name in added if name in kept)
+            removed = tuple(str(n.name) for n in before.graph if n.name not in kept)
+            changed = tuple(name for name in changed if name in weights)
+        after.stamp(added, pass_name)
+        freeze(after, changed)
     except Exception as error:
         raise PassFault(INVALID, f"{label}: the rewrite left no program: {told(error)}.") from error
-    return Patch(label, program, copy, added, removed, changed)
+    return Patch(label, before, after, added, removed, changed)
 
 
 def guarded(what: str, seconds: float, call: Callable[[], T]) -> T:

@@ -35,7 +35,6 @@ from optcompiler.ledger import (
     DECLINED,
     FAULTY,
     QUARANTINED,
-    REJECTED,
     ROLLED_BACK,
     TAKEN,
     Ledger,
@@ -50,7 +49,6 @@ from optcompiler.rewriting import (
     PassContext,
     Patch,
     Progress,
-    Stage,
 )
 from optcompiler.target import Target
 
@@ -59,10 +57,6 @@ Step = tuple[Pass, Candidate]
 
 FURTHER = 1.1
 """A rewrite of a quantised program may bring it this much further from the teacher."""
-
-SLOWER_SHARE = 0.01
-"""A fusion predicted to slow the program by more than this share is rejected. Clean-up is not: what
-it opens to later passes is in no prediction."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +128,8 @@ class Session:
     """Candidates that were taken, in order."""
     _offered: dict[str, list[Candidate]] = field(default_factory=dict[str, list[Candidate]])
     _outputs: tuple[Program, list[Outputs]] | None = None
-    _prices: dict[int, tuple[Program, float]] = field(
-        default_factory=dict[int, tuple[Program, float]]
+    _prices: dict[int, tuple[Program, Sequence[Kernel], float]] = field(
+        default_factory=dict[int, tuple[Program, Sequence[Kernel], float]]
     )
 
     @property
@@ -151,21 +145,54 @@ class Session:
 
     def price_us(self, program: Program) -> float:
         """Predicted microseconds of one call; infinite for a program the backend cannot lower."""
+        return self._priced(program)[1]
+
+    def _priced(self, program: Program) -> tuple[Sequence[Kernel], float]:
+        """The kernels of a program and their price together; those of a few programs are kept."""
         known = self._prices.get(id(program))
         if known is None or known[0] is not program:
             try:
-                price = self.cost_model.program_us(self.kernels(program), self.profile)
+                kernels = self.kernels(program)
+                price = self.cost_model.program_us(kernels, self.profile)
             except UnsupportedOperatorError:
-                price = float("inf")
-            self._prices[id(program)] = known = (program, price)
+                kernels, price = (), float("inf")
+            self._prices[id(program)] = known = (program, kernels, price)
             while len(self._prices) > 8:
                 self._prices.pop(next(iter(self._prices)))
-        return known[1]
+        return known[1:]
 
     def saving_us(self, before: Program, after: Program) -> float | None:
         """Predicted microseconds saved; None where the backend cannot lower one of the programs."""
         old, new = self.price_us(before), self.price_us(after)
         return old - new if max(old, new) < float("inf") else None
+
+    def savings_us(
+        self, candidates: Sequence[Candidate], before: Program, after: Program
+    ) -> list[float | None]:
+        """Predicted microseconds that each of several candidates, applied together, saves.
+
+        A kernel of which the other program has no equal is put down, in equal parts, to the
+        candidates on whose nodes it works. None as in `saving_us`.
+        """
+        if self.saving_us(before, after) is None:
+            return [None] * len(candidates)
+        owners: dict[str, list[int]] = {}
+        for index, candidate in enumerate(candidates):
+            for name in dict.fromkeys((candidate.site, *candidate.nodes)):
+                owners.setdefault(name, []).append(index)
+        savings = [0.0] * len(candidates)
+        old, new = (
+            {(k.nodes, k.signature): k for k in self._priced(p)[0]} for p in (before, after)
+        )
+        for sign, kernels, others in ((1, old, new), (-1, new, old)):
+            for key, kernel in kernels.items():
+                mine = {i for n in kernel.nodes for i in owners.get(n, ())}
+                if key in others or not mine:
+                    continue
+                price = self.cost_model.kernel_us(kernel, self.profile)
+                for index in mine:
+                    savings[index] += sign * price / len(mine)
+        return list(savings)
 
     def learned(self, times_us: dict[str, float]) -> None:
         """Add measured kernels (by signature) to the table that prices are read from."""
@@ -304,21 +331,18 @@ class Session:
     def apply_exact(self, pass_: Pass, program: Program, *, record: bool = True) -> Program:
         """Take every exact candidate of the pass that is not predicted slower.
 
-        Structure is verified after each; numbers are compared once at the end, and one by one when
-        that fails, so that the one that is wrong is named. Raises `PassFault`.
+        Structure and numbers are verified once for all of them, and again in ever smaller parts
+        when that fails, so that the one that is wrong is named. Raises `PassFault`.
         """
+        from optcompiler.exact import Exact
+
         candidates = self.propose(pass_, program, record=record)
-        after, rows = self._take(pass_, candidates, program)
-        taken = [c for c, row in rows if row.outcome == TAKEN]
-        if taken:
-            loosest = max(taken, key=lambda c: (c.typical, c.rtol))
-            error, _ = self.difference(loosest, program, after)
-            if not error <= loosest.rtol:
-                after = self._one_by_one(pass_, taken, program)
+        after, rows = Exact(self, pass_).take(candidates, program)
         if record:
-            for _, row in rows:
+            for candidate, row in rows:
                 self.ledger.add(row)
-            self.history += [(pass_, c) for c in taken]
+                if row.outcome == TAKEN:
+                    self.history.append((pass_, candidate))
         return after
 
     def difference(
@@ -345,6 +369,8 @@ class Session:
             teacher = [self.run(self.teacher, self.check)]
             if typical_error(teacher, new) <= FURTHER * typical_error(teacher, old):
                 error = 0.0
+        if error <= candidate.rtol:
+            self._outputs = (after, new)
         return error, (
             f"outputs differ by {error:.1e} (relative), more than the {candidate.rtol:.0e} that it "
             f"declares."
@@ -370,37 +396,6 @@ class Session:
                 return judge.damage(patch.after)
             except Exception as error:
                 raise _cannot_run(patch, error) from error
-
-    def _take(
-        self, pass_: Pass, candidates: Sequence[Candidate], program: Program
-    ) -> tuple[Program, list[tuple[Candidate, Row]]]:
-        rows: list[tuple[Candidate, Row]] = []
-        for candidate in candidates:
-            patch = self.attempt(pass_, candidate, program)
-            if isinstance(patch, Refusal):
-                rows.append((candidate, self.row(pass_, candidate, patch.outcome, patch.reason)))
-                continue
-            saving = self.saving_us(program, patch.after)
-            slower = saving is not None and saving < -SLOWER_SHARE * self.price_us(program)
-            if slower and pass_.stage is not Stage.CLEAN:
-                row = self.row(
-                    pass_, candidate, REJECTED, f"predicted {-(saving or 0.0):.1f} µs slower"
-                )
-            else:
-                row = self.row(pass_, candidate, TAKEN, candidate.note or "exact")
-                program = patch.after
-            rows.append((candidate, replace(row, saving_us=saving)))
-        return program, rows
-
-    def _one_by_one(self, pass_: Pass, taken: Sequence[Candidate], program: Program) -> Program:
-        """Take again what was taken, comparing numbers after each. Raises `PassFault` at the first
-        that computes something else; what none of them alone does is rounding that adds up."""
-        for candidate in taken:
-            patch = self.attempt(pass_, candidate, program)
-            if isinstance(patch, Patch):
-                self.require_sound(pass_, candidate, patch)
-                program = patch.after
-        return program
 
 
 def _cannot_run(patch: Patch, error: Exception) -> PassFault:

@@ -76,13 +76,11 @@ class FoldingPolicy:
         """Put initializers in the places of the nodes that were computed here."""
         for node in self.pending:
             output = node.outputs[0]
-            tensor, name = output.const_value, str(output.name)
+            tensor = output.const_value
             if node.graph is None or tensor is None or output.is_graph_output():
                 output.const_value = None
                 continue
-            output.name = program.fresh_name(f"{name}_folded")
-            output.replace_all_uses_with(program.add_weight(name, tensor))
-            program.graph.remove(node, safe=True)
+            program.hold(output, tensor)
         self.pending.clear()
 
     def allows(self, node: ir.Node) -> bool:

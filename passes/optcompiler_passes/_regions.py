@@ -102,8 +102,12 @@ def sole_consumer(value: ir.Value) -> ir.Node | None:
     """The one node that reads `value`, or None when there are several, none, or it is an output."""
     if value.is_graph_output():
         return None
-    nodes = {node for node, _ in value.uses()}
-    return nodes.pop() if len(nodes) == 1 else None
+    found: ir.Node | None = None
+    for node, _ in value.uses():
+        if found is not None and node is not found:
+            return None
+        found = node
+    return found
 
 
 class Finder:
@@ -251,11 +255,12 @@ def fuse(program: Program, region: Region) -> None:
 
     Raises `Declined` when a node of the region is gone or one of its inner values is used outside.
     """
-    by_name = {n.name: n for n in program.graph}
-    gone = [name for name in region.nodes if name not in by_name]
-    if gone:
-        raise Declined(f"node {gone[0]!r} is gone; another rewrite took it.")
-    nodes = [by_name[name] for name in region.nodes]
+    nodes: list[ir.Node] = []
+    for name in region.nodes:
+        found = program.node(name)
+        if found is None:
+            raise Declined(f"node {name!r} is gone; another rewrite took it.")
+        nodes.append(found)
     members = set(nodes)
     for node in nodes:
         for value in node.outputs:
@@ -265,7 +270,7 @@ def fuse(program: Program, region: Region) -> None:
             if outside or value.is_graph_output():
                 where = f"read by {outside[0]!r}" if outside else "an output of the program"
                 raise Declined(f"inner value {value.name!r} is also {where}.")
-    copied = {by_name[name] for name in region.prologue if name in by_name}
+    copied = {node for name in region.prologue if (node := program.node(name)) is not None}
     body = _Body(program, nodes, copied)
     function = body.function(region)
     program.model.functions.setdefault(function.identifier(), function)
@@ -275,8 +280,7 @@ def fuse(program: Program, region: Region) -> None:
         if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             program.graph.remove(node, safe=True)
     for value in body.constants:
-        if not value.uses() and not value.is_graph_output():
-            program.graph.initializers.pop(str(value.name), None)
+        program.forget(value)
 
 
 def _call(

@@ -252,9 +252,8 @@ def _remove(program: Program, affine: Affine) -> None:
     data, result = affine.data, affine.node.outputs[0]
     name, type_, shape = result.name, result.type, result.shape
     ir.convenience.replace_all_uses_with(result, data, replace_graph_outputs=True)
-    program.graph.remove(affine.node, safe=True)
+    program.discard(affine.node)
     data.name, data.type, data.shape = name, type_, shape
-    program.sweep()
 
 
 def _fold_before(name: str, program: Program) -> None:
@@ -265,13 +264,12 @@ def _fold_before(name: str, program: Program) -> None:
     assert affine.shift is not None
     scale_inputs(program, target, affine.scale.reshape(-1), affine.shift.reshape(-1))
     target.node.replace_input_with(0, affine.data)
-    program.graph.remove(affine.node, safe=True)
-    program.sweep()
+    program.discard(affine.node)
 
 
 def _separate(name: str, program: Program) -> None:
     affine = _site(program, name)
-    result = affine.node.outputs[0]
+    result, parameters = affine.node.outputs[0], affine.node.inputs[1:]
     assert affine.data.dtype is not None
     assert affine.shift is not None
     dtype = affine.data.dtype.numpy()
@@ -294,4 +292,5 @@ def _separate(name: str, program: Program) -> None:
     ir.convenience.replace_nodes_and_values(
         program.graph, affine.node, [affine.node], nodes, [result], [made]
     )
-    program.sweep()
+    for parameter in dict.fromkeys(v for v in parameters if v is not None):
+        program.forget(parameter)

@@ -82,7 +82,7 @@ def pack(program: Program) -> None:
     for node in tuple(program.graph):
         tensor = _folded(node)
         if tensor is not None:
-            _replace(program, node, tensor)
+            program.hold(node.outputs[0], tensor)
             changed = True
     for node in tuple(program.graph):
         found = _bias(node)
@@ -110,16 +110,6 @@ def _folded(node: ir.Node) -> ir.TensorProtocol | None:
     block = node.attributes.get_int("block_size", 0)
     levels = quantize_array(arrays[0], arrays[1], zero_point, type_.name, axis, block)
     return ir.tensor(levels.astype(type_.numpy()), dtype=type_)
-
-
-def _replace(program: Program, node: ir.Node, tensor: ir.TensorProtocol) -> None:
-    """Put an initializer of the same name in the place of the node's output."""
-    old = node.outputs[0]
-    name = str(old.name)
-    old.name = program.fresh_name(f"{name}_folded")
-    value = program.add_weight(name, tensor)
-    old.replace_all_uses_with(value, replace_graph_outputs=True)
-    program.graph.remove(node, safe=True)
 
 
 @dataclass(frozen=True)
