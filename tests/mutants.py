@@ -65,7 +65,7 @@ TARGETS = {
     ),
     "planner": Target(
         ("optcompiler/planner.py", "optcompiler/session.py"),
-        ("tests/test_planner.py",),
+        ("tests/test_planner.py", "tests/test_session.py"),
     ),
 }
 

@@ -76,7 +76,8 @@ def paper_pass(
     def propose(self: Pass, program: Program, context: Any) -> Iterable[Any]:
         return offers(program) if callable(offers) else list(offers)
 
-    return type(name, (Pass,), {"name": name, "stage": stage, "propose": propose})()
+    made = type(name, (Pass,), {"name": name, "stage": stage, "propose": propose})
+    return dataclass(frozen=True, eq=False)(made)()
 
 
 @dataclass
