@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optcompiler import device
+from optcompiler import cache
 from optcompiler.artifact import NODE_LINE, program_text
 from optcompiler.budget import Budget
 from optcompiler.compiler import DEFAULT_COST_MODEL, Job
@@ -130,7 +130,7 @@ def bisect(
         nodes, after, part = *narrowed, narrowed[0]
     place = _write(
         job.session, (pass_, candidate), before, after, nodes, part, command,
-        Path(reproducers or device.cache_directory() / "reproducers"),
+        Path(reproducers or cache.location() / "reproducers"),
     )  # fmt: skip
     return Culprit(
         pass_.name, job.session.owners[pass_.name], candidate.site, candidate.choice,

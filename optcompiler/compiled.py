@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from optcompiler import scratch
 from optcompiler.artifact import CODE, MANIFEST, Artifact, is_artifact, open_artifact
 from optcompiler.errors import InputError
 from optcompiler.files import inside, replacing_directory, write_text
@@ -54,9 +55,7 @@ class Compiled:
         self._runner: Runner | None = None
         self._closed = False
         self._lock = threading.RLock()
-        self._finalizer = (
-            weakref.finalize(self, shutil.rmtree, str(directory), True) if owned else None
-        )
+        self._finalizer = weakref.finalize(self, scratch.remove, Path(directory)) if owned else None
 
     # -- running ----------------------------------------------------------------------------
 
@@ -150,12 +149,7 @@ class Compiled:
         from optcompiler.report import page
 
         path = Path(path)
-        try:
-            write_text(path, page(self._artifact))
-        except OSError as error:
-            raise InputError(
-                f"cannot write {path}: {error.strerror}; choose another path."
-            ) from error
+        write_text(path, page(self._artifact))
         return path
 
     # -- keeping ----------------------------------------------------------------------------
@@ -169,13 +163,8 @@ class Compiled:
         destination = Path(directory)
         if destination.exists() and destination.samefile(self.directory):
             return destination
-        try:
-            with replacing_directory(destination, refuse_other_than_artifact) as fresh:
-                self._copy_to(fresh)
-        except OSError as error:
-            raise InputError(
-                f"{destination} cannot be written ({error}); what was there is as it was."
-            ) from error
+        with replacing_directory(destination, refuse_other_than_artifact) as fresh:
+            self._copy_to(fresh)
         return destination
 
     def _copy_to(self, fresh: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from optcompiler import artifact, device, finish, pipeline
+from optcompiler import artifact, cache, device, finish, pipeline, scratch
 from optcompiler.backend import require_tensors
 from optcompiler.batching import Batched
 from optcompiler.binding import resolved
@@ -166,7 +165,7 @@ class Job:
         session = Session(
             teacher, backend, target, pricing, profile, context, check, on_fault=on_fault,
             owners={p.name: registry.owner_of_pass(p) for p in chosen}, time_limit_s=time_limit_s,
-            reproducers=Path(reproducers or device.cache_directory() / "reproducers"),
+            reproducers=Path(reproducers or cache.location() / "reproducers"),
         )  # fmt: skip
         session.context = replace(context, price_us=session.price_us)
         options = {
@@ -408,8 +407,12 @@ class Job:
         )  # fmt: skip
         final.runner.close()
         backend = self.registry.backend(session.target.backend)
-        directory = Path(tempfile.mkdtemp(prefix="optcompiler-"))
-        artifact.assemble(final.code, contents, directory)
+        directory = scratch.new()
+        try:
+            artifact.assemble(final.code, contents, directory)
+        except BaseException:
+            scratch.remove(directory)
+            raise
         compiled = Compiled(directory, backend, owned=True, program=final.program)
         failed = [g for g in gates if not g["passed"]]
         if failed:

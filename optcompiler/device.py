@@ -1,29 +1,31 @@
 """Measuring a device: probe programs run through the backend itself, rates fitted to their times.
 
 Every backend is measured by the same probes through its own `lower` and `load`, so a third party's
-backend is priced without writing anything. Profiles are cached per user in a private directory,
-under a name that hashes what can change the outcome: machine, backend, target options, versions.
+backend is priced without writing anything. Profiles are kept in the user's cache for as long as
+what can change the outcome stays: machine, backend, target options, versions.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optcompiler import scratch
+from optcompiler.cache import Cache
 from optcompiler.cost import Curve, DeviceProfile
 from optcompiler.errors import InputError, UnsupportedOperatorError
+from optcompiler.files import to_json
 from optcompiler.program import Program
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from optcompiler.rewriting import Progress
     from optcompiler.target import Target
 
-FORMAT = 5
+FORMAT = 6
+KIND = "device"
 
 WINDOWS = 4
 QUIET = 1.1
@@ -51,41 +54,38 @@ def profile_for(
     Where the target cannot be timed on this machine, the backend's nominal profile. Raises
     `InputError` when it has none.
     """
-    path = (cache or cache_directory()) / f"device-{_key(backend, target)}.json"
-    if not remeasure:
-        known = _read(path)
+    store, facts = Cache(cache), _facts(backend, target)
+    known = None if remeasure else _kept(store, facts)
+    if known is not None:
+        return known
+    with store.lock(KIND, facts):
+        known = None if remeasure else _kept(store, facts)
         if known is not None:
             return known
-    profile = measure(backend, target, progress)
-    if profile is None:
-        profile = backend.nominal_profile(target)
-        if profile is None:
-            raise InputError(
-                f"target {target}: it cannot be timed on this machine and has no nominal profile."
-            )
-        return profile
-    _write(path, profile)
-    return profile
+        profile = measure(backend, target, progress)
+        if profile is not None:
+            _keep(store, facts, profile)
+            return profile
+    nominal = backend.nominal_profile(target)
+    if nominal is None:
+        raise InputError(
+            f"target {target}: it cannot be timed on this machine and has no nominal profile."
+        )
+    return nominal
 
 
 def remember(
     backend: Backend, target: Target, profile: DeviceProfile, cache: Path | None = None
 ) -> None:
-    """Keep a profile whose table of measured kernels grew."""
-    if not profile.estimated:
-        _write((cache or cache_directory()) / f"device-{_key(backend, target)}.json", profile)
-
-
-def cache_directory() -> Path:
-    """`$OPTCOMPILER_CACHE`, else `optcompiler` in the user's cache directory; private to them."""
-    named = os.environ.get("OPTCOMPILER_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    directory = Path(named) if named else Path(base) / "optcompiler"
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    owner = directory.stat()
-    if hasattr(os, "getuid") and owner.st_uid != os.getuid():
-        raise InputError(f"cache {directory} belongs to another user; set OPTCOMPILER_CACHE.")
-    return directory
+    """Keep a profile whose table of measured kernels grew, with what others added meanwhile."""
+    if profile.estimated:
+        return
+    store, facts = Cache(cache), _facts(backend, target)
+    with store.lock(KIND, facts):
+        known = _kept(store, facts)
+        if known is not None:
+            profile = known.with_measured(profile.measured)
+        _keep(store, facts, profile)
 
 
 def machine_name() -> str:
@@ -99,36 +99,34 @@ def machine_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _key(backend: Backend, target: Target) -> str:
-    facts = [
-        FORMAT,
-        machine_name(),
-        os.cpu_count(),
-        target.backend,
-        target.threads,
-        sorted(target.options.items()),
-        sorted(backend.versions().items()),
-    ]
-    flags = Path("/proc/cpuinfo")
-    if flags.exists():
-        facts.append(next((x for x in flags.read_text().splitlines() if x.startswith("flags")), ""))
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+def _facts(backend: Backend, target: Target) -> dict[str, Any]:
+    """What can change the outcome of measuring."""
+    flags = ""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line for line in lines if line.startswith("flags")), "")
+    return {
+        "format": FORMAT,
+        "machine": machine_name(),
+        "flags": flags,
+        "processors": os.cpu_count(),
+        "backend": target.backend,
+        "threads": target.threads,
+        "options": dict(target.options),
+        "versions": dict(backend.versions()),
+    }
 
 
-def _read(path: Path) -> DeviceProfile | None:
+def _kept(store: Cache, facts: Mapping[str, Any]) -> DeviceProfile | None:
+    content = store.get(KIND, facts)
     try:
-        return DeviceProfile.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
+        return None if content is None else DeviceProfile.from_json(json.loads(content))
+    except (ValueError, KeyError, TypeError):
         return None
 
 
-def _write(path: Path, profile: DeviceProfile) -> None:
-    text = json.dumps(profile.to_json(), indent=1, sort_keys=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
+def _keep(store: Cache, facts: Mapping[str, Any], profile: DeviceProfile) -> None:
+    store.put(KIND, facts, to_json(profile.to_json()).encode())
 
 
 # -- timing ------------------------------------------------------------------------------------
@@ -194,29 +192,32 @@ def measure(
     return profile if profile.mac_rate else None
 
 
-Made = tuple["Runner", "tempfile.TemporaryDirectory[str]"]
+Made = tuple["Runner", Path]
 
 
 def _build(backend: Backend, target: Target, program: Program) -> Made | None:
-    scratch = tempfile.TemporaryDirectory(prefix="optcompiler-probe-")
+    code = scratch.new()
     try:
-        info = backend.lower(program, target, Path(scratch.name))
-        return backend.load(Path(scratch.name), info, threads=target.threads), scratch
+        info = backend.lower(program, target, code)
+        return backend.load(code, info, threads=target.threads), code
     except UnsupportedOperatorError:
-        scratch.cleanup()
+        scratch.remove(code)
         return None
+    except BaseException:
+        scratch.remove(code)
+        raise
 
 
 def _keep_time(made: Made, program: Program, times: dict[int, float]) -> bool:
     """Time what was built and remove it; False where time says nothing about the target."""
-    runner, scratch = made
+    runner, code = made
     try:
         if runner.timed:
             times[id(program)] = _time(runner, program)
         return runner.timed
     finally:
         runner.close()
-        scratch.cleanup()
+        scratch.remove(code)
 
 
 def _time(runner: Runner, program: Program) -> float:

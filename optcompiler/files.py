@@ -1,4 +1,8 @@
-"""Files that are never half-written: hashes, JSON of one spelling, atomic replacement."""
+"""Files that are never half-written: hashes, JSON of one spelling, atomic replacement.
+
+What has a name of its own is written under a hidden name beside it, flushed to the disk and
+renamed. Whoever ends in between leaves the hidden name; the next to write there removes it.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,13 @@ import json
 import math
 import os
 import secrets
-import shutil
+import stat
 import sys
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from optcompiler import claims
 from optcompiler.errors import InputError
 
 _CHUNK = 1 << 20
@@ -72,18 +77,98 @@ def number(value: Any) -> float | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` with `text` (UTF-8, LF line ends) in one step; readers see old or new."""
-    path = Path(path)
-    fresh = _sibling(path, "tmp")
+    """Replace `path` with `text` (UTF-8, LF line ends) in one step; readers see old or new.
+
+    Raises `InputError` where that cannot be done.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Like `write_text`, for bytes."""
+    with replacing_file(path) as fresh:
+        fresh.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path, mode: int = 0o666) -> Generator[Path]:
+    """Give the path of an empty file to fill; put it in the place of `path` at the end.
+
+    Links are followed, and the permissions of a file that is replaced are kept. When the body
+    raises, `path` is as it was. Raises `InputError` where `path` cannot be written or is no file.
+    """
+    path = Path(os.path.realpath(path))
+    with _told(path):
+        _require_file(path)
+        _sweep(path)
+        fresh = claims.claim(path.parent, _stem(path), ".tmp", folder=False, mode=mode)
+        try:
+            yield fresh.path
+            if path.exists():
+                fresh.path.chmod(stat.S_IMODE(path.stat().st_mode))
+            _sync(fresh.path)
+            fresh.path.replace(path)
+            _sync(path.parent)
+        finally:
+            claims.remove(fresh.path)
+            fresh.release()
+
+
+@contextlib.contextmanager
+def replacing_files(path: Path) -> Generator[Path]:
+    """Give an empty directory to fill with a file called as `path` is, and with files it refers to.
+
+    At the end they move beside `path`, that file last: it is replaced in one step, as by
+    `replacing_file`, and finds the others there. They need names that say what they hold, since one
+    that the old file refers to must not change. Raises `InputError` as `replacing_file` does.
+    """
+    path = Path(os.path.realpath(path))
+    with _told(path):
+        _require_file(path)
+        _sweep(path)
+        fresh = claims.claim(path.parent, _stem(path), ".new", folder=True, mode=0o777)
+        try:
+            yield fresh.path
+            sync_tree(fresh.path)
+            for part in sorted(fresh.path.iterdir(), key=lambda p: p.name == path.name):
+                part.replace(path.parent / part.name)
+                _sync(path.parent)
+        finally:
+            claims.remove(fresh.path)
+            fresh.release()
+
+
+def _require_file(path: Path) -> None:
+    if os.path.lexists(path) and not path.is_file():
+        raise InputError(f"cannot write {path}: it is not a file; choose another place.")
+
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """The error to raise where writing `path` failed with `error`."""
+    remedy = "free some space" if error.errno in FULL else "choose another place"
+    reason = error.strerror or str(error)
+    named = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    if named and _stem(path) not in named and not Path(named).is_relative_to(path):
+        reason += f" ({named})"
+    return InputError(f"cannot write {path}: {reason}; {remedy}.")
+
+
+def fills_disk(error: BaseException) -> bool:
+    """Whether there was no room to write; told by the text of errors that are no `OSError`."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return any(os.strerror(number) in str(error) for number in FULL)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Generator[None]:
     try:
-        with fresh.open("xb") as stream:
-            stream.write(text.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def files_under(directory: Path) -> list[str]:
@@ -130,34 +215,50 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing_directory(destination: Path, check: Callable[[Path], None]) -> Generator[Path]:
+def replacing_directory(
+    destination: Path, check: Callable[[Path], None], mode: int = 0o777
+) -> Generator[Path]:
     """Give an empty sibling directory to fill; put it in the place of `destination` at the end.
 
     What is filled in is flushed to the disk before it gets its name. `check` is called with a
     `destination` that exists, before anything is written and again before it is replaced, and
     raises when it must not go. When the body raises, `destination` is as it was. The replacement is
     one exchange of names where the kernel has one (Linux); elsewhere the old directory is renamed
-    aside first and comes back if the second rename fails.
+    aside first and comes back if the second rename fails. Raises `InputError` where `destination`
+    cannot be written.
     """
     destination = Path(os.path.realpath(destination))
-    if os.path.lexists(destination):
-        check(destination)
+    with _told(destination), _parents_of(destination):
+        _sweep(destination)
+        if os.path.lexists(destination):
+            check(destination)
+        fresh = claims.claim(destination.parent, _stem(destination), ".new", folder=True, mode=mode)
+        try:
+            yield fresh.path
+            if destination.is_dir():
+                fresh.path.chmod(stat.S_IMODE(destination.stat().st_mode))
+            sync_tree(fresh.path)
+            _put_in_place(fresh.path, destination, check)
+            _sync(destination.parent)
+        finally:
+            claims.remove(fresh.path)
+            fresh.release()
+
+
+@contextlib.contextmanager
+def _parents_of(path: Path) -> Generator[None]:
+    """Make the missing ones for the block; when it raises, they go again."""
+    missing = [p for p in path.parents if not p.exists()]
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        fresh = _sibling(destination, "new")
-        fresh.mkdir()
-    except OSError as error:
-        raise InputError(
-            f"cannot write beside {destination}: {error.strerror}; choose another place."
-        ) from error
-    try:
-        yield fresh
-        sync_tree(fresh)
-        _put_in_place(fresh, destination, check)
-        _sync(destination.parent)
-    finally:
-        if fresh.exists():
-            shutil.rmtree(fresh)
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            _sync(folder.parent)
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _put_in_place(fresh: Path, destination: Path, check: Callable[[Path], None]) -> None:
@@ -172,14 +273,39 @@ def _put_in_place(fresh: Path, destination: Path, check: Callable[[Path], None])
     check(destination)
     if _exchange(fresh, destination):
         return
-    aside = _sibling(destination, "old")
-    destination.rename(aside)
+    old = claims.hold(destination)
     try:
-        fresh.rename(destination)
-    except BaseException:
-        aside.rename(destination)
-        raise
-    aside.rename(fresh)
+        aside = destination.with_name(f"{_stem(destination)}{secrets.token_hex(6)}.old")
+        destination.rename(aside)
+        try:
+            fresh.rename(destination)
+        except BaseException:
+            aside.rename(destination)
+            raise
+        claims.remove(aside)
+    finally:
+        old.release()
+
+
+def _stem(path: Path) -> str:
+    """How the hidden names beside `path` begin; short enough for any file system."""
+    name = path.name
+    if len(name) > 50:
+        name = f"{name[:40]}~{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    return f".{name}."
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that have ended left beside `path`; bring back what one put aside."""
+    for aside in claims.left_behind(path.parent, _stem(path), ".old"):
+        with claims.abandoned(aside) as found:
+            if found and not os.path.lexists(path):
+                aside.rename(path)
+            elif found:
+                claims.remove(aside)
+    for suffix in (".new", ".tmp"):
+        for left in claims.left_behind(path.parent, _stem(path), suffix):
+            claims.reclaim(left)
 
 
 _AT_FDCWD = -100
@@ -197,8 +323,3 @@ def _exchange(one: Path, other: Path) -> bool:
         _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
     )
     return result == 0
-
-
-def _sibling(path: Path, suffix: str) -> Path:
-    """A hidden name beside `path` that nothing has."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.{suffix}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optcompiler import scratch
 from optcompiler.backend import Runner
 from optcompiler.binding import fit
 from optcompiler.damage import as_tensors, largest_error, nmse, run_batches
@@ -73,7 +72,7 @@ class Built:
 
     def close(self) -> None:
         self.runner.close()
-        shutil.rmtree(self.code, ignore_errors=True)
+        scratch.remove(self.code)
 
 
 def build(session: Session, program: Program, label: str, *, check: bool = True) -> Built:
@@ -81,7 +80,7 @@ def build(session: Session, program: Program, label: str, *, check: bool = True)
 
     Raises `VerificationError` when they disagree or hold NaN where the executor's do not.
     """
-    code = Path(tempfile.mkdtemp(prefix="optcompiler-build-"))
+    code = scratch.new()
     program = session.bound(program)
     try:
         info = session.backend.lower(program, session.target, code)
@@ -90,7 +89,7 @@ def build(session: Session, program: Program, label: str, *, check: bool = True)
         else:
             runner = StandIn(program, session.context.ops)
     except BaseException:
-        shutil.rmtree(code, ignore_errors=True)
+        scratch.remove(code)
         raise
     kernels = session.backend.kernels(program, session.target)
     each = [session.cost_model.kernel_us(k, session.profile) for k in kernels]

@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from optcompiler.errors import OVERTIME, RAISED
+from optcompiler.errors import OVERTIME, RAISED, InputError
+from optcompiler.files import fills_disk
 from optcompiler.overtime import Overtime, TimeIsUp, within
 
 T = TypeVar("T")
@@ -23,7 +24,8 @@ def contained(
     """`call()`; raises `fault(kind, what)` for all that it raises and when it does not end in time.
 
     `kind` is "raised" or "time limit", `what` goes on from the name of what was called. Exceptions
-    that are `allowed` go through, and so do Ctrl-C and the limit of a call around this one.
+    that are `allowed` go through, and so do Ctrl-C and the limit of a call around this one. A full
+    disk is nobody's fault and an `InputError`.
     """
     try:
         return within(seconds, call)
@@ -34,6 +36,11 @@ def contained(
     except (KeyboardInterrupt, Overtime):
         raise
     except BaseException as error:
+        if fills_disk(error):
+            raise InputError(
+                f"the disk is full ({told(error)}); free some space, or set TMPDIR to a folder "
+                f"with more."
+            ) from error
         raise fault(RAISED, f"raised {told(error)}") from error
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from optcompiler.errors import InputError, VerificationError
+from optcompiler.files import replacing_file, replacing_files
 
 if TYPE_CHECKING:
     import networkx as nx
     import torch
+
+EXTERNAL_ABOVE_BYTES = 1 << 30
+"""Weights beyond this are saved to a file of their own; a protobuf cannot hold 2 GiB."""
 
 FUSED_DOMAIN = "optcompiler.fused"
 """Domain of the model-local functions that stand for fused regions."""
@@ -105,13 +111,22 @@ class Program:
         return ir.to_proto(self._loaded().model)
 
     def save(self, path: str | Path) -> None:
-        """Write an .onnx file; beyond 1 GiB, weights go to `<name>.data` beside it."""
-        path = Path(path)
-        size = sum(t.nbytes for t in self.weights().values())
-        if size > 1 << 30:
-            ir.save(self.model, path, external_data=f"{path.name}.data")
+        """Write an .onnx file, replacing one that is there in one step.
+
+        Weights beyond `EXTERNAL_ABOVE_BYTES` go to `<name>.<hash>.data` beside it, and such files
+        that it no longer refers to are removed. Raises `InputError` when it cannot be written.
+        """
+        path = Path(os.path.realpath(path))
+        data, before = "", _data_files(path)
+        if self.weight_bytes <= EXTERNAL_ABOVE_BYTES:
+            with replacing_file(path) as fresh:
+                ir.save(self._loaded().model, fresh)
         else:
-            ir.save(self._loaded().model, path)
+            data = f"{path.name}.{self.content_hash()[:16]}.data"
+            with replacing_files(path) as folder:
+                ir.save(self.model, folder / path.name, external_data=data)
+        for old in before - {data}:
+            path.with_name(old).unlink(missing_ok=True)
 
     def to_torch(self, ops: Any = None) -> torch.fx.GraphModule:
         """A differentiable `torch.fx.GraphModule` computing this program; see `executor`."""
@@ -464,6 +479,14 @@ class _Index:
         producer = found.producer()
         there = found.graph is self.graph if producer is None else producer.graph is self.graph
         return found if there else None
+
+
+def _data_files(path: Path) -> set[str]:
+    """Names of the files beside `path` that `Program.save` gave weights to."""
+    wanted = re.compile(f"{re.escape(path.name)}[.][0-9a-f]{{16}}[.]data")
+    if not path.parent.is_dir():
+        return set()
+    return {name for name in os.listdir(path.parent) if wanted.fullmatch(name)}
 
 
 def port(value: ir.Value) -> Port:

@@ -131,8 +131,7 @@ def store(
 ) -> None:  # fmt: skip
     """Write a reproducer in one step; inputs beyond `MOST_BYTES` are left out."""
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with replacing_directory(place, lambda _: None) as fresh:
-        fresh.chmod(0o700)
+    with replacing_directory(place, lambda _: None, mode=0o700) as fresh:
         for name, program in programs.items():
             program.save(fresh / name)
         if inputs is not None and sum(a.nbytes for a in inputs.values()) <= MOST_BYTES:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import shlex
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from optcompiler import scratch
 from optcompiler.backend import Backend, Kernel
 from optcompiler.binding import bind
 from optcompiler.contract import blaming, patch_of, proposals
@@ -215,9 +215,9 @@ class Session:
                     raise
                 self.progress.note(f"checked by {self.target} alone: {error}")
                 self.simulated = False
-        with tempfile.TemporaryDirectory(prefix="optcompiler-check-") as scratch:
-            info = self.backend.lower(self.bound(program), self.target, Path(scratch))
-            runner = self.backend.load(Path(scratch), info, threads=self.target.threads)
+        with scratch.directory() as code:
+            info = self.backend.lower(self.bound(program), self.target, code)
+            runner = self.backend.load(code, info, threads=self.target.threads)
             try:
                 return as_tensors(runner.run(batch))
             finally:

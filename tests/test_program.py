@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -110,3 +112,23 @@ def test_verify_rejects_contradicting_shapes() -> None:
 def test_from_text_refuses_nonsense() -> None:
     with pytest.raises(InputError, match="not ONNX text"):
         Program.from_text("this is no model")
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_saving_replaces_and_leaves_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr("optcompiler.program.EXTERNAL_ABOVE_BYTES", limit)
+    path = tmp_path / "net.onnx"
+    one, two = net(), net()
+    two.set_weight(two.graph.initializers["weight"], np.full((2, 3, 4, 4), 2, np.float32))
+    (tmp_path / "net.onnx.data").write_text("not ours")
+    for program in (one, two, two):
+        program.save(path)
+        again = Program.from_onnx(path)
+        assert again.content_hash() == program.content_hash()
+        assert len(list(tmp_path.iterdir())) == (2 if limit else 3)
+    again.set_weight(again.graph.initializers["b"], np.ones(2, np.float32))
+    expected = again.content_hash()
+    again.save(path)
+    assert Program.from_onnx(path).content_hash() == expected

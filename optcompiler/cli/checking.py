@@ -7,11 +7,11 @@ import os
 import shlex
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optcompiler import scratch
 from optcompiler.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ class Command:
         self._write = write or onnx_file
 
     def __call__(self, program: Program) -> bool | None:
-        with tempfile.TemporaryDirectory(prefix="optcompiler-check-") as folder:
-            path = self._write(program, Path(folder))
+        with scratch.directory() as folder:
+            path = self._write(program, folder)
             return None if path is None else self.judge(path)
 
     def judge(self, path: Path) -> bool | None:

@@ -32,11 +32,11 @@ def replay(
     DIRECTORY is a reproducer, or its name alone when it lies in the user's cache. What `bisect`
     wrote needs --check. Exit code 0: the pass no longer fails; 1: it does; 5: it is not installed.
     """
+    from optcompiler.cache import location
     from optcompiler.cli.checking import Command
-    from optcompiler.device import cache_directory
     from optcompiler.replaying import replay as run
 
-    kept = cache_directory() / "reproducers" / directory
+    kept = location() / "reproducers" / directory
     check = Command(command, check_seconds) if command is not None else None
     done = run(directory if directory.exists() else kept, registry(), check)
     data: dict[str, Any] = {

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shlex
 import sys
 import tempfile
@@ -186,19 +187,18 @@ def _crashed(error: BaseException, arguments: Sequence[str], as_json: bool) -> i
     message = f"internal error: {kind}: {error}"
     try:
         place = str(_reproducer(error, arguments))
-    except OSError as problem:
+    except OptcompilerError as problem:
         click.echo("".join(traceback.format_exception(error)), err=True)
-        return _failed(kind, f"{message}; no reproducer written: {problem}.", INTERNAL, as_json)
+        return _failed(kind, f"{message}; no reproducer written: {problem}", INTERNAL, as_json)
     message = f"{message}; what is needed to reproduce it is in {place}, please report it."
     return _failed(kind, message, INTERNAL, as_json, reproducer=place)
 
 
 def _reproducer(error: BaseException, arguments: Sequence[str]) -> Path:
     """A fresh directory with the traceback, the command line and the versions in use."""
-    place = Path(tempfile.mkdtemp(prefix="optcompiler-crash-"))
-    (place / "traceback.txt").write_text("".join(traceback.format_exception(error)), "utf-8")
+    from optcompiler.files import replacing_directory, to_json
+
     command = f"cd {shlex.quote(os.getcwd())}\n{shlex.join([DISTRIBUTION, *arguments])}\n"
-    (place / "command.txt").write_text(command, "utf-8")
     versions = {
         "optcompiler": __version__,
         "python": sys.version,
@@ -209,5 +209,10 @@ def _reproducer(error: BaseException, arguments: Sequence[str]) -> Path:
             if d.metadata["Name"]
         },
     }
-    (place / "versions.json").write_text(json.dumps(versions, indent=1, sort_keys=True), "utf-8")
+    place = Path(tempfile.gettempdir(), f"{DISTRIBUTION}-crash-{secrets.token_hex(4)}")
+    with replacing_directory(place, lambda _: None, mode=0o700) as fresh:
+        trace = "".join(traceback.format_exception(error))
+        (fresh / "traceback.txt").write_text(trace, "utf-8", errors="backslashreplace")
+        (fresh / "command.txt").write_text(command, "utf-8", errors="backslashreplace")
+        (fresh / "versions.json").write_text(to_json(versions), "utf-8")
     return place

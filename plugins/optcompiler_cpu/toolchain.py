@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from optcompiler.errors import ToolchainError
+from optcompiler.children import Children
+from optcompiler.errors import InputError, ToolchainError
 
 FLAGS = (
     "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
@@ -38,7 +39,8 @@ def compiler() -> list[str]:
 
 def compiler_version() -> str:
     """The first line of `cc --version`."""
-    return _run([*compiler(), "--version"], Path.cwd()).splitlines()[0]
+    with Children() as children:
+        return _run([*compiler(), "--version"], Path.cwd(), children).splitlines()[0]
 
 
 def build(directory: Path, sources: Sequence[str], flags: Sequence[str], library: str) -> str:
@@ -50,44 +52,43 @@ def build(directory: Path, sources: Sequence[str], flags: Sequence[str], library
     command = compiler()
     objects = [f"{Path(s).stem}.o" for s in sources]
 
-    def compile_one(pair: tuple[str, str]) -> str:
-        source, target = pair
-        return _run([*command, *FLAGS, *flags, "-c", source, "-o", target], directory)
+    with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool, Children() as children:
 
-    workers = min(len(sources), os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+        def compile_one(pair: tuple[str, str]) -> str:
+            source, target = pair
+            return _run([*command, *FLAGS, *flags, "-c", source, "-o", target], directory, children)
+
         warnings = list(pool.map(compile_one, zip(sources, objects, strict=True)))
-    _run(
-        [*command, "-shared", "-o", library, *objects, "-Wl,--build-id=none", "-s", "-lm",
-         "-lpthread"],
-        directory,
-    )  # fmt: skip
+        _run(
+            [*command, "-shared", "-o", library, *objects, "-Wl,--build-id=none", "-s", "-lm",
+             "-lpthread"],
+            directory, children,
+        )  # fmt: skip
     for name in objects:
         (directory / name).unlink()
     return "".join(warnings)
 
 
-def _run(command: list[str], directory: Path) -> str:
+def _run(command: list[str], directory: Path, children: Children) -> str:
+    """What the compiler printed. Its temporary files lie in `directory` too, and go with it."""
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(directory)}
     try:
-        done = subprocess.run(
-            command,
-            cwd=directory,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},
-        )
+        status, output = children.run(command, env=environment, cwd=directory)
     except OSError as error:
         raise ToolchainError(
             f"the C compiler {command[0]!r} did not start ({error.strerror}); set CC to another."
         ) from error
-    output = done.stdout + done.stderr
-    if done.returncode:
+    if status:
         lines = [line for line in output.splitlines() if line.strip()]
+        full = next((line for line in lines if os.strerror(errno.ENOSPC) in line), None)
+        if full is not None:
+            raise InputError(
+                f"{command[0]} found the disk full: {full[:300]}; free some space, or set TMPDIR "
+                f"to a folder with more."
+            )
         first = next((line for line in lines if "error" in line), lines[0] if lines else "")
         raise ToolchainError(
-            f"{command[0]} failed with exit status {done.returncode}: {first[:300]}; "
+            f"{command[0]} failed with exit status {status}: {first[:300]}; "
             f"check the compiler, or set CC to another."
         )
     return output

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from optcompiler.errors import ToolchainError
+from optcompiler.children import Children
+from optcompiler.errors import InputError, ToolchainError
+from optcompiler.files import fills_disk
 from optcompiler_cuda.executor import FUSE_MULTIPLY_ADD
 from optcompiler_cuda.schedule import Schedule, Specialisation, load_kernels
 from optcompiler_cuda.worker import clean_environment
@@ -37,9 +38,9 @@ def precompile(directory: Path, arch: int) -> None:
     count = len(Schedule.read(directory).specialisations)
     parts = max(1, min(os.cpu_count() or 1, 8, (count + 3) // 4))
     command = [sys.executable, "-m", "optcompiler_cuda.precompile", str(directory), str(arch)]
-    with tempfile.TemporaryFile("w+") as messages:
+    with tempfile.TemporaryFile("w+") as messages, Children() as children:
         running = [
-            subprocess.Popen(
+            children.start(
                 [*command, str(part), str(parts)],
                 env=clean_environment(TRITON_DISABLE_LINE_INFO="1", TRITON_DEFAULT_FP_FUSION="0"),
                 stdout=messages,
@@ -49,10 +50,15 @@ def precompile(directory: Path, arch: int) -> None:
         ]
         if any([process.wait() for process in running]):
             messages.seek(0)
+            printed = messages.read().strip()[-1200:]
+            if fills_disk(RuntimeError(printed)):
+                raise InputError(
+                    f"triton found the disk full: {printed.splitlines()[-1]}; free some space, or "
+                    f"set TMPDIR and TRITON_CACHE_DIR to folders with more."
+                )
             raise ToolchainError(
-                f"triton could not compile a kernel for sm_{arch}: "
-                f"{messages.read().strip()[-1200:]}\nCompile with precompile=0 to leave it to the "
-                f"machine that runs the artifact."
+                f"triton could not compile a kernel for sm_{arch}: {printed}\n"
+                f"Compile with precompile=0 to leave it to the machine that runs the artifact."
             )
 
 

@@ -8,6 +8,7 @@ format, or for status "e" a message in UTF-8.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import IO
 
 import numpy as np
 
+from optcompiler.children import Children
 from optcompiler.errors import ToolchainError
 
 TENSORS = b"t"
@@ -28,7 +30,8 @@ class Worker:
     """The caller's end: a process interpreting one artifact."""
 
     def __init__(self, directory: Path, threads: int) -> None:
-        self.process = subprocess.Popen(
+        self.children = Children()
+        self.process = self.children.start(
             [sys.executable, "-m", "optcompiler_cuda.worker", str(directory.resolve())],
             env=clean_environment(TRITON_INTERPRET="1", OMP_NUM_THREADS=str(threads)),
             stdin=subprocess.PIPE,
@@ -61,8 +64,9 @@ class Worker:
     def close(self) -> None:
         """End the process; harmless when it has ended."""
         if self.process.stdin is not None and not self.process.stdin.closed:
-            self.process.stdin.close()
-        self.process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+        self.children.end()
         if self.process.stdout is not None:
             self.process.stdout.close()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from optcompiler import scratch
 from optcompiler.backend import Runner
 from optcompiler.errors import InputError, UnsupportedOperatorError
 
@@ -44,10 +44,10 @@ class OnnxRuntimeRunner(Runner):
         A node that ONNX Runtime fused goes by the name of the node it grew from; those that it
         inserts itself (layout changes) keep the names it gives them.
         """
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch.directory() as directory:
             options = _options(self._threads)
             options.enable_profiling = True
-            options.profile_file_prefix = str(Path(directory) / "profile")
+            options.profile_file_prefix = str(directory / "profile")
             session = _session(self._path, options)
             for _ in range(3):
                 session.run(self._outputs, dict(inputs))
