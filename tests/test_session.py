@@ -119,7 +119,7 @@ def test_candidates_that_decline_or_change_nothing_are_rows() -> None:
     session = session_of(program)
     offers = [
         Candidate("a", "x", declines, True),
-        Candidate("b", "x", lambda p: None, True),
+        Candidate("b", "x", lambda p: None, True, ("b",)),
         exact("c", "Abs"),
     ]
     after = session.apply_exact(clean(*offers), program)
