@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from optcompiler.errors import InputError, UnsupportedOperatorError
-from optcompiler.program import FUSED_DOMAIN, Program, port, static_shape
+from optcompiler.program import FUSED_DOMAIN, Program, constant, port, static_shape
 
 MOST_SHAPE_ELEMENTS = 1 << 16
 """Of a tensor that shape inference follows: it keeps a record of each element."""
@@ -19,6 +19,9 @@ STANDARD_DOMAINS = frozenset(
     {"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training",
      FUSED_DOMAIN}
 )  # fmt: skip
+MOST_TRIPS = 1 << 40
+"""Of a Loop whose condition never changes: weeks of the shortest body."""
+
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, None)
 _RANK_BOUND = 64
 
@@ -27,7 +30,8 @@ def refuse_what_cannot_run(program: Program, domains: Collection[str]) -> None:
     """Refuse a program that no plan could make runnable here.
 
     `domains` are those that plugins declare operators of. Raises `UnsupportedOperatorError` for an
-    operator of any other that is not ONNX's own, `InputError` for a value larger than the memory.
+    operator of any other that is not ONNX's own, `InputError` for a value larger than the memory
+    and for a Loop that never ends.
     """
     memory = memory_bytes()
     for value in program.graph.inputs:
@@ -37,6 +41,11 @@ def refuse_what_cannot_run(program: Program, domains: Collection[str]) -> None:
             raise UnsupportedOperatorError(
                 f"operator {node.domain}::{node.op_type} of node {node.name!r} is not standard "
                 f"ONNX and no plugin declares it; replace it, or install the plugin that does."
+            )
+        if node.op_type == "Loop" and not node.domain and _is_endless(node):
+            raise InputError(
+                f"Loop {node.name!r} never ends: its condition stays true for more than "
+                f"{MOST_TRIPS} iterations; give it a trip count."
             )
         for value in node.outputs:
             _refuse_large(value, f"{node.op_type} {node.name!r} gives", memory)
@@ -52,6 +61,29 @@ def _refuse_large(value: ir.Value, what: str, memory: int) -> None:
             f"{what} {port(value)}: {size} bytes, more than this machine's memory of {memory}; "
             f"use smaller sizes."
         )
+
+
+def _is_endless(loop: ir.Node) -> bool:
+    trips, condition = loop.inputs[0], loop.inputs[1] if len(loop.inputs) > 1 else None
+    if trips is not None:
+        bound = constant(trips)
+        if bound is None or bound.size != 1 or int(bound.reshape(-1)[0]) <= MOST_TRIPS:
+            return False
+    if condition is not None and not _is_true(condition):
+        return False
+    body = loop.attributes["body"].as_graph()
+    kept, start = body.outputs[0], body.inputs[1]
+    while kept is not start and (producer := kept.producer()) is not None:
+        value = producer.inputs[0] if producer.op_type == "Identity" else None
+        if value is None:
+            break
+        kept = value
+    return kept is start or _is_true(kept)
+
+
+def _is_true(value: ir.Value) -> bool:
+    known = constant(value)
+    return known is not None and known.size == 1 and bool(known.reshape(-1)[0])
 
 
 def memory_bytes() -> int:

@@ -126,6 +126,7 @@ class Job:
         seed: int, registry: Registry, progress: Progress, on_fault: str,
         time_limit_s: float | None, reproducers: str | Path | None,
     ) -> Job:  # fmt: skip
+        from optcompiler.bounds import refuse_what_cannot_run
         from optcompiler.calibration import load_calibration, split_holdout
         from optcompiler.frontend import import_model
 
@@ -140,6 +141,7 @@ class Job:
         pricing = registry.cost_model(cost_model)
         imported = import_model(model, example_inputs, dynamic=dynamic)
         teacher, signature = imported.program, imported.signature
+        refuse_what_cannot_run(teacher, registry.domains)
         if not capabilities.any_port:
             require_tensors(teacher, f"target {target}")
         teacher = protected(teacher)

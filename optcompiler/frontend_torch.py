@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import onnx_ir as ir
 import torch
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.export.pt2_archive import PT2ArchiveReader
 from torch.utils import _pytree as pytree
 
+from optcompiler.archives import screen_archive, screen_members
 from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.frontend import Dynamic, split_examples
 from optcompiler.frontend_export import to_onnx
@@ -72,20 +74,32 @@ def program_from_module(
 
 
 def load_exported(path: Path) -> ExportedProgram:
-    """Read a .pt2 file without running anything pickled in it.
+    """Read a .pt2 file without running anything pickled or written in it.
 
-    Raises `InputError` for a file that is missing, not a .pt2, or that holds pickled objects.
+    The archive is looked through before torch gets it, and again as torch's own reader sees it.
+    Raises `InputError` for a file that is missing, not a .pt2, or that holds more than a program.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path.")
+    screen_archive(path, str(path))
     with quiet(), no_pickle():
         try:
-            return torch.export.load(path)
+            screen_members(*_as_torch_reads(path), str(path))
+            exported = torch.export.load(path)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{path}: not a .pt2 file that this torch ({torch.__version__}) can read "
                 f"({_reason(error)}); save it again with torch.export.save."
             ) from error
+    # source text that torch would run before calls; the compiled model checks its inputs itself
+    exported._guards_code = []  # pyright: ignore[reportPrivateUsage]
+    return exported
+
+
+def _as_torch_reads(path: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
+    reader = PT2ArchiveReader(str(path)).archive_file
+    sizes = {name: reader.get_record_size(name) for name in reader.get_all_records()}
+    return sizes, reader.get_record
 
 
 def program_from_exported(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from onnx_ir.passes import common as ir_passes
 
 from optcompiler.bounds import refuse_growing_shapes
 from optcompiler.errors import InputError, VerificationError
-from optcompiler.program import FUSED_DOMAIN, PASS_KEY, SOURCE_KEY, Program
+from optcompiler.inference import infer
+from optcompiler.program import FUSED_DOMAIN, PASS_KEY, SOURCE_KEY, Program, stub_proto
 from optcompiler.reading import graphs_of, one_line, own_tensor, quiet, read_model
 
 MINIMUM_OPSET = 20
@@ -42,6 +43,8 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     of unknown type or rank, and for an invalid model.
     """
     model, label = read_model(source)
+    # an onnx_ir model comes from a tool that may have rewritten it: its notes may be old
+    notes = {} if isinstance(source, ir.Model) else _notes(model)
     _declutter(model, label)
     _check_ports("input", model.graph.inputs, label)
     _state_defaults(model)
@@ -58,8 +61,49 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     except VerificationError as error:
         cause = str(error).rstrip(" .")
         raise InputError(f"{label}: {cause}; fix the model or export it again.") from error
+    _check_notes(program, notes, label)
     _check_ports("output", program.graph.outputs, label)
     return program
+
+
+def _notes(model: ir.Model) -> dict[str, tuple[ir.TypeProtocol | None, ir.Shape | None]]:
+    """What a file says of the values between its nodes."""
+    return {
+        value.name: (value.type, value.shape)
+        for node in model.graph
+        for value in node.outputs
+        if value.name and not value.is_graph_output()
+    }
+
+
+def _check_notes(
+    program: Program,
+    notes: Mapping[str, tuple[ir.TypeProtocol | None, ir.Shape | None]],
+    label: str,
+) -> None:
+    """Refuse a file that says of a value what inference contradicts."""
+    for node in program.graph:
+        for value in node.outputs:
+            type_, shape = notes.get(value.name or "", (None, None))
+            if type_ is not None and value.type is not None and type_ != value.type:
+                raise _contradiction(label, node, value, type_, value.type)
+            if shape is None or value.shape is None:
+                continue
+            fits = len(shape) == len(value.shape) and all(
+                a == b or not (isinstance(a, int) and isinstance(b, int))
+                for a, b in zip(shape, value.shape, strict=True)
+            )
+            if not fits:
+                raise _contradiction(label, node, value, shape, value.shape)
+
+
+def _contradiction(
+    label: str, node: ir.Node, value: ir.Value, said: object, found: object
+) -> InputError:
+    return InputError(
+        f"{label}: value {value.name!r} of {node.op_type} {node.name!r} is said to be {said}, but "
+        f"is {found}; fix the model or export it again."
+    )
 
 
 # -- normal form ----------------------------------------------------------------------------
@@ -316,10 +360,9 @@ def infer_outputs(program: Program) -> None:
     outputs = program.graph.outputs
     if all(v.type is not None and v.shape is not None and v.shape.is_static() for v in outputs):
         return
-    inferred = program.clone()
-    with quiet():
-        ir_passes.ShapeInferencePass(strict_mode=False, data_prop=True)(inferred.model)
-    for value, found in zip(outputs, inferred.graph.outputs, strict=True):
+    inferred = infer(stub_proto(program.model), strict=False)
+    for value, info in zip(outputs, inferred.graph.output, strict=True):
+        found = ir.serde.deserialize_value_info_proto(info, None)
         if value.type is None:
             value.type = found.type
         if found.shape is None or (

@@ -18,6 +18,7 @@ from onnx_ir.passes import common as ir_passes
 
 from optcompiler.errors import InputError, VerificationError
 from optcompiler.files import replacing_file, replacing_files
+from optcompiler.inference import infer
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -396,10 +397,7 @@ class Program:
                 if not value.is_graph_output():
                     value.shape = None
         try:
-            proto = _stub_proto(self.model)
-            inferred = onnx.shape_inference.infer_shapes(
-                proto, check_type=True, strict_mode=True, data_prop=True
-            )
+            inferred = infer(stub_proto(self.model))
         except Exception as error:
             raise VerificationError(f"shape inference failed: {_one_line(error)}") from error
         known = {v.name: v for v in (*inferred.graph.value_info, *inferred.graph.output)}
@@ -434,7 +432,7 @@ class Program:
                     f"{tensor.dtype}{tensor.shape}."
                 )
         try:
-            onnx.checker.check_model(_stub_proto(self.model), full_check=True)
+            onnx.checker.check_model(stub_proto(self.model), full_check=True)
         except Exception as error:
             raise VerificationError(f"not valid ONNX: {_one_line(error)}") from error
         if like is not None and (self.inputs, self.outputs) != (like.inputs, like.outputs):
@@ -576,7 +574,7 @@ def tensor_hash(tensor: ir.TensorProtocol) -> str:
     return known
 
 
-def _stub_proto(model: ir.Model) -> onnx.ModelProto:
+def stub_proto(model: ir.Model) -> onnx.ModelProto:
     """A protobuf in which all initializers are inputs, too, and large ones nothing else, so that
     checking copies no weights."""
     graph = model.graph

@@ -71,12 +71,9 @@ def _read(path: Path, label: str) -> onnx.ModelProto:
         try:
             proto.ParseFromString(data)  # type: ignore[arg-type]  # its stubs know bytes alone
         except DecodeError as error:
-            if "depth" in str(error):
-                raise InputError(
-                    f"{label}: graphs nested too deep to read; make the branches functions."
-                ) from error
             raise InputError(
-                f"{label}: truncated, or not an ONNX file; export or copy the model again."
+                f"{label}: truncated, nested too deep, or not an ONNX file; export or copy the "
+                f"model again."
             ) from error
     return proto
 
@@ -159,6 +156,11 @@ def _check_connected(model: ir.Model, label: str) -> None:
                     f"{label}: {node.op_type} {node.name!r} reads {value.name!r}, "
                     f"which nothing makes; export the model again."
                 )
+    for value in model.graph.outputs:
+        if value.producer() is None and not (value.is_graph_input() or value.is_initializer()):
+            raise InputError(
+                f"{label}: output {value.name!r} is made by nothing; export the model again."
+            )
 
 
 def _own_weights(model: ir.Model, label: str) -> None:

@@ -122,16 +122,20 @@ def _extent(
                 f"{node.name!r}; make the branches functions of fewer levels."
             )
     if deepest_calls > DEEPEST_CALLS:
-        raise InputError(
-            f"{label}: functions call each other more than {DEEPEST_CALLS} deep; "
-            f"inline them before (onnx.inliner)."
-        )
+        raise _too_deep(label)
     if total > MOST_NODES:
         raise InputError(
             f"{label}: {total} nodes once its functions are inlined, more than {MOST_NODES}; "
             f"cut the model."
         )
     return total, deepest_calls, deepest
+
+
+def _too_deep(label: str) -> InputError:
+    return InputError(
+        f"{label}: functions call each other more than {DEEPEST_CALLS} deep; "
+        f"inline them before (onnx.inliner)."
+    )
 
 
 def _callees_first(
@@ -149,6 +153,8 @@ def _callees_first(
                         f"{label}: function {_spelled(functions[nxt])!r} calls itself; ONNX has "
                         f"no recursion, so use Loop or Scan."
                     )
+                if len(path) > DEEPEST_CALLS:
+                    raise _too_deep(label)
                 path[nxt] = (
                     key
                     for node, _ in _nodes(functions[nxt].node)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
+from optcompiler.archives import screen_archive
 from optcompiler.errors import InputError, OptcompilerError
 from optcompiler.untrusted import opened
 
@@ -47,6 +48,9 @@ def model_from_reference(text: str) -> tuple[Any, Any]:
     returns something else.
     """
     path = Path(text)
+    if path.suffix == ".pt2":
+        screen_archive(path, text)
+        return path, None
     if path.suffix in MODEL_SUFFIXES:
         with opened(path, text):
             return path, None

@@ -79,13 +79,26 @@ def text_of(path: Path, label: str, most_bytes: int) -> str:
 def json_of(path: Path, label: str, most_bytes: int) -> Any:
     """What a JSON file holds. Raises `InputError` as `text_of` does, and for other text."""
     text = text_of(path, label, most_bytes)
+    return parsed_json(text, label, "compile or copy the artifact again")
+
+
+def parsed_json(text: str | bytes, label: str, remedy: str) -> Any:
+    """What JSON text holds. Raises `InputError` for other text, and for a key that is there twice:
+    readers differ in which of the two they take."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
         cause = "nested too deep" if isinstance(error, RecursionError) else error
-        raise InputError(
-            f"{label}: not JSON ({cause}); compile or copy the artifact again."
-        ) from error
+        raise InputError(f"{label}: not JSON ({cause}); {remedy}.") from error
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twin[:100]!r} is there twice")
+    return found
 
 
 def _check_size(size: int, label: str, most_bytes: int, remedy: str) -> None:

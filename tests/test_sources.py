@@ -88,8 +88,11 @@ def test_models(file, tmp_path):
         model_from_reference(f"{file}:batches")
     with pytest.raises(InputError, match="no such file"):
         model_from_reference("nowhere.onnx")
+    (tmp_path / "a.onnx").write_bytes(b"")
+    assert model_from_reference(str(tmp_path / "a.onnx")) == (tmp_path / "a.onnx", None)
     (tmp_path / "a.pt2").write_bytes(b"")
-    assert model_from_reference(str(tmp_path / "a.pt2")) == (tmp_path / "a.pt2", None)
+    with pytest.raises(InputError, match=r"a\.pt2: the file is empty"):
+        model_from_reference(str(tmp_path / "a.pt2"))
 
 
 def test_metrics_and_calibration(file, tmp_path):

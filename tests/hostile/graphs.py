@@ -199,7 +199,7 @@ def _bare(text: str) -> onnx.ModelProto:
 
 
 for name, made, words in (
-    ("function-chain-3000", function_chain(3000), "3000"),
+    ("function-chain-3000", function_chain(3000), "100 deep"),
     ("function-chain-100000", function_chain(100_000), "deep"),
     ("function-recursive", model([_call("F", "x", "y")], functions=[_function("F", _call("F"))]),
      "itself"),
@@ -239,7 +239,7 @@ for name, made, words in (
      opsets=[helper.make_opsetid("", 21), helper.make_opsetid("evil.corp", 1)]), "evil.corp"),
     ("domain-not-imported", model([node("Gelu", "x", "y", domain="evil.corp")]), "evil.corp"),
     ("attribute-unknown", model([node("Relu", "x", "y", colour="red")]), "colour"),
-    ("attribute-of-wrong-type", model([node("Concat", "x x", "y", axis="one")]), "axis"),
+    ("attribute-of-wrong-type", model([node("Concat", "x x", "y", axis="one")]), "Concat"),
     ("attribute-missing", model([node("Concat", "x x", "y")]), "axis"),
     ("too-many-operands", model([node("Relu", "x x x", "y")]), "Relu"),
     ("too-few-operands", model([node("Add", "x", "y")]), "Add"),
@@ -422,7 +422,7 @@ for name, shape in (
     add(
         f"input-dims-{name}",
         compile_of(relu_of(inputs=[info("x", *shape)], outputs=[info("y", *shape)])),
-        says="'x'",
+        says="x",
         fresh=name == "2-40",
     )
 
