@@ -24,7 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from optcompiler.errors import InputError
+from optcompiler.errors import CacheWarning, InputError
 from optcompiler.files import plain, replacing_file, unwritable
 
 LOCK_S = 300.0
@@ -34,10 +34,6 @@ MOST_BYTES = 1 << 30
 LONGEST_HEAD = 1 << 20
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-
-
-class CacheWarning(UserWarning):
-    """A cache that cannot be used."""
 
 
 def location() -> Path:

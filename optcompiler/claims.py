@@ -18,15 +18,14 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from optcompiler import supervisor
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked, and nothing is ever taken for left behind
     fcntl = None
 
 DIGITS = 12
-
-journal: int | None = None
-"""A descriptor that every claimed path is written to, each ended by NUL; see `supervisor`."""
 
 
 @dataclass
@@ -114,8 +113,8 @@ def remove(path: Path) -> None:
 
 
 def _note(path: Path) -> None:
-    if journal is not None:
-        os.write(journal, os.fsencode(os.path.abspath(path)) + b"\0")
+    if supervisor.journal is not None:
+        os.write(supervisor.journal, os.fsencode(os.path.abspath(path)) + b"\0")
 
 
 def _open(path: Path) -> int:

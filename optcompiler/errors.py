@@ -92,6 +92,10 @@ CHECK = "check"
 """The kind of what a user's check found, see `bisecting`."""
 
 
+class CacheWarning(UserWarning):
+    """The cache cannot be used; what it would keep is made again by the next compile."""
+
+
 class QuarantineWarning(UserWarning):
     """A compile goes on without a pass that broke its contract, as `fault` says."""
 

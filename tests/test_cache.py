@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from optcompiler import cache
-from optcompiler.cache import Cache, CacheWarning, private_directory
-from optcompiler.errors import InputError
+from optcompiler.cache import Cache, private_directory
+from optcompiler.errors import CacheWarning, InputError
 
 FACTS = {"machine": "m", "versions": {"b": "2", "a": "1"}, "threads": 1}
 

@@ -12,10 +12,9 @@ import pytest
 
 from optcompiler import device
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
-from optcompiler.cache import CacheWarning
 from optcompiler.cost import DeviceProfile, RooflineCostModel
 from optcompiler.device import interleaved_us, measure, profile_for, remember
-from optcompiler.errors import InputError, UnsupportedOperatorError
+from optcompiler.errors import CacheWarning, InputError, UnsupportedOperatorError
 from optcompiler.ops import builtin_table
 from optcompiler.program import Program
 from optcompiler.target import Target

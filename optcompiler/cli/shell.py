@@ -10,6 +10,7 @@ import os
 import platform
 import secrets
 import shlex
+import signal
 import sys
 import tempfile
 import traceback
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from optcompiler import supervisor
 from optcompiler._version import __version__
-from optcompiler.errors import OptcompilerError, QuarantineWarning
+from optcompiler.errors import CacheWarning, OptcompilerError, QuarantineWarning
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from optcompiler.session import Fault
 
 INTERNAL = 70
-INTERRUPTED = 130
+SIGNALLED = 128
 BROKEN_PIPE = 141
 DISTRIBUTION = "optcompiler"
 LONGEST_LINE = 1000
@@ -47,17 +49,14 @@ class Shell(click.Group):
         as_json = "--json" in arguments
         try:
             code: Any = super().main(arguments, **extra)
-        except click.exceptions.Abort:
-            code = _failed("Interrupted", "interrupted.", INTERRUPTED, as_json)
-        except click.ClickException as error:
-            code = _misused(error, as_json)
-        except OptcompilerError as error:
-            if error.exit_code == INTERNAL:
-                code = _crashed(error, arguments, as_json)
-            else:
-                code = _failed(type(error).__name__, str(error), error.exit_code, as_json)
-        except Exception as error:
-            code = _crashed(error, arguments, as_json)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            code = _ended(error, arguments, as_json)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _forget_stdout()
         sys.exit(code)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -68,6 +67,8 @@ class Shell(click.Group):
         except BrokenPipeError:
             _forget_stdout()
             ctx.exit(BROKEN_PIPE)
+        except KeyboardInterrupt as error:
+            raise click.exceptions.Abort from error  # else click writes an empty line first
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +131,7 @@ def write(
 
 
 def _forget_stdout() -> None:
-    """Nobody reads any more: let what is still buffered go nowhere, without a second error."""
+    """Let what is still buffered go nowhere, so that one error is not followed by a second."""
     try:
         handle = sys.stdout.fileno()
     except (OSError, ValueError):
@@ -152,6 +153,8 @@ def telling_faults() -> Generator[list[Fault]]:
             if isinstance(message, QuarantineWarning):
                 faults.append(message.fault)
                 say(str(message))
+            elif isinstance(message, CacheWarning):
+                say(str(message))
             else:
                 shown(message, *rest, **more)
 
@@ -167,11 +170,51 @@ def say(message: str) -> None:
     click.echo(f"{DISTRIBUTION}: {line}", err=True)
 
 
+def _ended(error: BaseException, arguments: Sequence[str], as_json: bool) -> int:
+    """Tell of what ended a command; the exit code."""
+    stopped = isinstance(error, (click.exceptions.Abort, KeyboardInterrupt))
+    if stopped or supervisor.struck is not None:
+        return interrupted(supervisor.struck or signal.SIGINT, as_json)
+    if isinstance(error, click.ClickException):
+        return _misused(error, as_json)
+    if isinstance(error, OptcompilerError) and error.exit_code != INTERNAL:
+        return _failed(type(error).__name__, str(error), error.exit_code, as_json)
+    from optcompiler.files import fills_disk
+
+    if fills_disk(error):
+        return _failed("InputError", f"the disk is full: {error}; free some space.", 2, as_json)
+    return _crashed(error, arguments, as_json)
+
+
+def interrupted(number: int, as_json: bool) -> int:
+    """Tell that signal `number` ended a command; the exit code."""
+    name = signal.Signals(number).name
+    message = "interrupted." if number == signal.SIGINT else f"interrupted by {name}."
+    return _failed("Interrupted", message, SIGNALLED + number, as_json)
+
+
+def died(number: int, arguments: Sequence[str]) -> int:
+    """Tell that the process of a command was ended by a signal; the exit code."""
+    name, as_json = signal.Signals(number).name, "--json" in arguments
+    if number in _FAULTS:
+        return _crashed(RuntimeError(f"ended by {name} in native code"), arguments, as_json)
+    message = f"killed by {name}; if nobody did that, the machine ran out of memory."
+    return _failed("Killed", message, SIGNALLED + number, as_json)
+
+
+_FAULTS = frozenset(
+    getattr(signal, name)
+    for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")
+    if hasattr(signal, name)
+)
+
+
 def _failed(kind: str, message: str, code: int, as_json: bool, **more: str) -> int:
     say(message)
     if as_json:
         error = {"kind": kind, "message": message, "exit_code": code, **more}
-        click.echo(json.dumps({"error": error}, indent=1, sort_keys=True))
+        with contextlib.suppress(OSError):
+            click.echo(json.dumps({"error": error}, indent=1, sort_keys=True))
     return code
 
 
