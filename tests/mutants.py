@@ -64,8 +64,8 @@ TARGETS = {
         ("tests/test_contract.py", "tests/test_program.py"),
     ),
     "planner": Target(
-        ("optcompiler/planner.py", "optcompiler/session.py"),
-        ("tests/test_planner.py", "tests/test_session.py"),
+        ("optcompiler/exact.py", "optcompiler/planner.py", "optcompiler/session.py"),
+        ("tests/test_exact.py", "tests/test_planner.py", "tests/test_session.py"),
     ),
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -77,6 +78,7 @@ def test_exact_candidates_are_taken_one_after_another() -> None:
     after = session.apply_exact(pass_, program)
     assert operators(after) == {"a": "Abs", "b": "Identity", "c": "Relu"}
     assert operators(program) == {"a": "Relu", "b": "Relu", "c": "Relu"}
+    assert session.ledger[0].choice == "-"
     assert outcomes(session) == [
         ("c", DECLINED, "too good"),
         ("a", TAKEN, "exact"),
@@ -375,10 +377,18 @@ def test_patches_keep_the_teachers_interface() -> None:
     assert caught.value.kind == INVALID
 
 
-def test_time_limits_are_the_passes_or_the_sessions() -> None:
+@pytest.mark.parametrize(
+    ("nodes", "limit", "expected"),
+    [(0, None, 60.0), (1, None, 60.0), (1000, None, 60.0), (1001, None, 120.0), (2001, 2.0, 6.0)],
+)
+def test_time_grows_with_the_program(nodes: int, limit: float | None, expected: float) -> None:
+    graph = ir.Graph([], [], nodes=[ir.node("Relu", []) for _ in range(nodes)])
+    session = session_of(side_by_side(a="Relu"), time_limit_s=limit)
+    assert session.seconds(clean(), Program(ir.Model(graph, ir_version=10))) == expected
+
+
+def test_what_takes_too_long_is_a_fault() -> None:
     program = side_by_side(a="Relu")
-    assert session_of(program).seconds(clean(), program) == 60.0
-    assert session_of(program, time_limit_s=2.5).seconds(clean(), program) == 2.5
 
     def hangs(p: Program) -> None:
         while True:
@@ -551,8 +561,8 @@ def test_a_fault_while_proposing_has_one_row() -> None:
         found = session.quarantine(fault)
     assert (found.site, found.choice, found.nodes, found.kind) == ("", "", (), RAISED)
     (row,) = session.ledger
-    assert (row.site, row.choice, row.outcome, row.reason) == (
-        "program", "propose", QUARANTINED, str(fault),
+    assert (row.pass_name, row.site, row.choice, row.outcome, row.reason) == (
+        "clean", "program", "propose", QUARANTINED, str(fault),
     )  # fmt: skip
 
 
@@ -569,13 +579,14 @@ def test_quarantine_writes_a_reproducer(tmp_path: Path) -> None:
     program = side_by_side(b="Relu")
     session = session_of(program, reproducers=tmp_path)
     pass_ = clean(Candidate("b", "x", fails, True))
+    fault = broken(session, pass_, program)
     with pytest.warns(QuarantineWarning, match="Reproduce it with: optcompiler replay "):
-        found = session.quarantine(broken(session, pass_, program))
+        found = session.quarantine(fault)
     assert found.reproducer is not None
     assert found.reproducer.parent == tmp_path
     assert (found.reproducer / "program.onnx").exists()
     (row,) = session.ledger
-    assert row.reason.endswith(f" Reproducer: {found.reproducer.name}.")
+    assert row.reason == f"{fault} Reproducer: {found.reproducer.name}."
 
 
 def test_what_a_fault_says_and_records() -> None:
@@ -603,8 +614,8 @@ def test_a_session_about_another_program_starts_empty() -> None:
     assert len(twin.ledger) == 0
     assert twin.history == []
     assert (twin.time_limit_s, twin.owners) == (3.0, {"clean": "acme"})
-    assert (twin.backend, twin.target, twin.profile) == (
-        session.backend, session.target, session.profile,
+    assert (twin.backend, twin.target, twin.profile, twin.cost_model) == (
+        session.backend, session.target, session.profile, session.cost_model,
     )  # fmt: skip
     assert twin.check["x"].tolist() == [1.0, 4.0]
     held = replace(session, context=replace(session.context, holdout=[CHECK])).about(other, CHECK)
