@@ -134,10 +134,11 @@ class Job:
         if on_fault not in ("continue", "stop"):
             raise InputError(f'on_fault is {on_fault!r}; it is "continue" or "stop".')
         target = Target.parse(target)
-        backend = registry.guarded_backend(target.backend)
+        backend = registry.backend(target.backend)
         capabilities = backend.capabilities(target)
         precisions = allowed_precisions(precision, capabilities, target)
         chosen = pipeline.resolve(passes, registry)
+        owners = {p.name: registry.owner_of_pass(p) for p in chosen}
         pricing = registry.cost_model(cost_model)
         imported = import_model(model, example_inputs, dynamic=dynamic)
         teacher, signature = imported.program, imported.signature
@@ -166,7 +167,7 @@ class Job:
         )  # fmt: skip
         session = Session(
             teacher, backend, target, pricing, profile, context, check, on_fault=on_fault,
-            owners={p.name: registry.owner_of_pass(p) for p in chosen}, time_limit_s=time_limit_s,
+            owners=owners, time_limit_s=time_limit_s,
             reproducers=Path(reproducers or cache.location() / "reproducers"),
         )  # fmt: skip
         session.context = replace(context, price_us=session.price_us)
@@ -175,7 +176,8 @@ class Job:
             "damage": damage, "seed": seed, "cost_model": cost_model,
             "calibration_samples": sum(_samples(b) for b in batches),
             "passes": [
-                {"name": p.name, "options": p.options(), "owner": registry.owner_of_pass(p)}
+                {"name": p.name, "options": pipeline.options_of(p, owners[p.name]),
+                 "owner": owners[p.name]}
                 for p in chosen
             ],
         }  # fmt: skip
@@ -476,7 +478,7 @@ def session_for(
 ) -> Session:  # fmt: skip
     """A session outside of a compile, on one batch; priced by the data sheet where there is one."""
     aim = Target.parse(target)
-    backend = registry.guarded_backend(aim.backend)
+    backend = registry.backend(aim.backend)
     batch = protected_batch(batch)
     given = [batch] if calibrated else []
     profile = backend.nominal_profile(aim) or device.profile_for(backend, aim)

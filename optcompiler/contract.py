@@ -106,8 +106,7 @@ def patch_of(
     """
     with blaming(pass_, program, candidate):
         patch = apply_candidate(pass_.name, candidate, program, seconds)
-        if not patch.empty:
-            require_valid(patch, like)
+        require_valid(patch, like)
     return patch
 
 

@@ -115,13 +115,18 @@ def compare(session: Session, built: Built) -> None:
     if not session.simulated:
         expected = session.run(session.teacher, sample)
     tensors = as_tensors(built.runner.run(sample))
+    if len(tensors) != len(expected):
+        raise VerificationError(
+            f"{session.target}: the artifact gives {len(tensors)} outputs, the program "
+            f"{len(expected)}; this is a fault of {session.backend}, report it."
+        )
     integer = any(k.dtype not in ("fp32", "fp64") for k in built.kernels)
     if not integer:
         error = largest_error([expected], [tensors])
         if not error <= EXACT_ERROR:
             raise VerificationError(
                 f"{session.target}: the artifact's outputs differ from the program's by "
-                f"{error:.1e} of the largest; this is a fault of the backend, report it."
+                f"{error:.1e} of the largest; this is a fault of {session.backend}, report it."
             )
         return
     names = [p.name for p in built.program.outputs]
@@ -131,7 +136,7 @@ def compare(session: Session, built: Built) -> None:
         if e.shape != g.shape or e.dtype != g.dtype:
             raise VerificationError(
                 f"{session.target}: output {name!r} is {g.dtype}{list(g.shape)}, the program says "
-                f"{e.dtype}{list(e.shape)}; this is a fault of the backend, report it."
+                f"{e.dtype}{list(e.shape)}; this is a fault of {session.backend}, report it."
             )
         if not e.is_floating_point() or not e.numel():
             continue
@@ -139,7 +144,7 @@ def compare(session: Session, built: Built) -> None:
         if not error <= INTEGER_ERROR:
             raise VerificationError(
                 f"{session.target}: output {name!r} differs from the program's by {error:.1e} of "
-                f"its variance; this is a fault of the backend, report it."
+                f"its variance; this is a fault of {session.backend}, report it."
             )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import networkx as nx
 
 from optcompiler.errors import InputError, PluginError
+from optcompiler.foreign import contained
 
 if TYPE_CHECKING:
     from optcompiler.plugins import Registry
@@ -36,15 +37,15 @@ def resolve(wanted: Iterable[str | Pass | type[Pass]] | None, registry: Registry
         if item == DEFAULT:
             for name, cls in sorted(registry.passes.items()):
                 if cls.default and name not in chosen:
-                    chosen[name] = _construct(cls, {})
+                    chosen[name] = _construct(cls, {}, registry)
             continue
         if isinstance(item, str):
             name, _, options = item.partition(":")
-            made = _construct(registry.pass_class(name), parse_options(options, name))
+            made = _construct(registry.pass_class(name), parse_options(options, name), registry)
         elif isinstance(item, Pass):
             made = item
         elif isinstance(item, type) and issubclass(item, Pass):  # pyright: ignore[reportUnnecessaryIsInstance]
-            made = _construct(item, {})
+            made = _construct(item, {}, registry)
         else:
             raise InputError(f"passes: {item!r} is neither a name nor a Pass.")
         if made.name in given:
@@ -85,7 +86,7 @@ def parse_options(text: str, name: str) -> dict[str, str]:
     return options
 
 
-def _construct(cls: type[Pass], options: dict[str, str]) -> Pass:
+def _construct(cls: type[Pass], options: dict[str, str], registry: Registry) -> Pass:
     known = {f.name for f in fields(cls)}  # pyright: ignore[reportArgumentType]
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -98,12 +99,22 @@ def _construct(cls: type[Pass], options: dict[str, str]) -> Pass:
             values[key] = parse_value(text, hints[key])
         except ValueError as error:
             raise InputError(f"pass {cls.name}: {key}={text!r}: {error}.") from error
-    try:
-        return cls(**values)
-    except InputError:
-        raise
-    except Exception as error:
-        raise PluginError(f"pass {cls.name} cannot be constructed: {error}.") from error
+    return contained(
+        lambda: cls(**values),
+        lambda _, did: PluginError(
+            f"pass {cls.name} of {registry.owner_of_pass(cls.name)}: constructing it {did}; update "
+            f"or uninstall it."
+        ),
+        allowed=(InputError,),
+    )
+
+
+def options_of(pass_: Pass, owner: str) -> dict[str, Any]:
+    """What `Pass.options` says. Raises `PluginError` naming the owner when it cannot."""
+    return contained(
+        lambda: dict(pass_.options()),
+        lambda _, did: PluginError(f"pass {pass_.name} of {owner}: options {did}."),
+    )
 
 
 def from_options(cls: type[Pass], options: Mapping[str, Any]) -> Pass:

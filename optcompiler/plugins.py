@@ -20,6 +20,7 @@ from optcompiler.foreign import contained
 if TYPE_CHECKING:
     from optcompiler.backend import Backend
     from optcompiler.cost import CostModel
+    from optcompiler.guarding import GuardedBackend
     from optcompiler.observers import Observer
     from optcompiler.ops import OpTable
     from optcompiler.rewriting import Pass
@@ -138,6 +139,12 @@ class Registry:
                 )
             if inspect.isabstract(cls):
                 raise PluginError(f"plugin {loaded}: pass {name!r} does not define `propose`.")
+            for field, fits in _PASS_FIELDS.items():
+                if not fits(getattr(cls, field)):
+                    raise PluginError(
+                        f"plugin {loaded}: pass {name!r} has {field} = {getattr(cls, field)!r}, "
+                        f"which is not what `Pass` says of it."
+                    )
         return found
 
     @cached_property
@@ -178,6 +185,7 @@ class Registry:
     @cached_property
     def ops(self) -> OpTable:
         """Built-in operators and those of plugins."""
+        from optcompiler.guarding import guarded_operator
         from optcompiler.ops import OpSpec, OpTable, builtin_specs
 
         owners = {spec.key: OWN for spec in builtin_specs()}
@@ -192,7 +200,7 @@ class Registry:
                     f"{LOAD_VARIABLE}."
                 )
             owners[spec.key] = loaded
-            specs.append(spec)
+            specs.append(guarded_operator(spec, loaded.owner))
         return OpTable(specs)
 
     @cached_property
@@ -210,12 +218,11 @@ class Registry:
             return entry[0].owner
         return f"{type(pass_).__module__}.{type(pass_).__qualname__}"
 
-    def owner_of_backend(self, name: str) -> str:
-        """`distribution version` of the plugin with the backend."""
-        return self._backends[name][0].owner
+    def backend(self, name: str) -> GuardedBackend:
+        """The backend, its faults named."""
+        from optcompiler.guarding import GuardedBackend
 
-    def backend(self, name: str) -> Backend:
-        return _find(self.backends, name, "target")
+        return GuardedBackend(_find(self.backends, name, "target"), self._backends[name][0].owner)
 
     def pass_class(self, name: str) -> type[Pass]:
         return _find(self.passes, name, "pass")
@@ -226,12 +233,6 @@ class Registry:
 
         model = _find(self.cost_models, name, "cost model")
         return GuardedCostModel(model, self._cost_models[name][0].owner)
-
-    def guarded_backend(self, name: str) -> Backend:
-        """The backend, its faults named."""
-        from optcompiler.guarding import GuardedBackend
-
-        return GuardedBackend(self.backend(name), self.owner_of_backend(name))
 
     def describe(self) -> list[dict[str, Any]]:
         """A row per plugin, for `optcompiler plugins`."""
@@ -252,6 +253,14 @@ class Registry:
                 }
             )
         return rows
+
+
+_PASS_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "summary": lambda v: isinstance(v, str),
+    "default": lambda v: isinstance(v, bool),
+    "after": lambda v: isinstance(v, tuple) and all(isinstance(n, str) for n in v),
+    "time_limit_s": lambda v: isinstance(v, (int, float)) and v > 0,
+}
 
 
 def _hook_names() -> list[str]:

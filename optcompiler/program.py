@@ -424,8 +424,14 @@ class Program:
         names = [n.name for n in self.graph]
         if len(set(names)) != len(names) or None in names or "" in names:
             raise VerificationError("nodes without a name, or two with the same name.")
-        for name, tensor in self.weights().items():
-            value = self.graph.initializers[name]
+        newest = onnx.defs.onnx_opset_version()
+        opset = self.graph.opset_imports.get("", newest)
+        if not 0 < opset <= newest:
+            raise VerificationError(f"opset {opset} is none of 1 to {newest}.")
+        for name, value in self.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None:
+                raise VerificationError(f"initializer {name!r} holds nothing.")
             if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
                 raise VerificationError(
                     f"initializer {name!r} is declared {value.dtype}{value.shape} but holds "
