@@ -18,6 +18,7 @@ import os
 import secrets
 import stat
 import sys
+import traceback
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -160,7 +161,8 @@ def fills_disk(error: BaseException) -> bool:
     """Whether there was no room to write; told by the text of errors that are no `OSError`."""
     if isinstance(error, OSError):
         return error.errno in FULL
-    return any(os.strerror(number) in str(error) for number in FULL)
+    text = "".join(traceback.format_exception_only(error))  # some cannot be printed by str
+    return any(os.strerror(number) in text for number in FULL)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from optcompiler.cost import CostModel
     from optcompiler.guarding import GuardedBackend
     from optcompiler.observers import Observer
-    from optcompiler.ops import OpTable
+    from optcompiler.ops import OpSpec, OpTable
     from optcompiler.rewriting import Pass
 
 GROUP = "optcompiler"
@@ -186,13 +186,11 @@ class Registry:
     def ops(self) -> OpTable:
         """Built-in operators and those of plugins."""
         from optcompiler.guarding import guarded_operator
-        from optcompiler.ops import OpSpec, OpTable, builtin_specs
+        from optcompiler.ops import OpTable, builtin_specs
 
         owners = {spec.key: OWN for spec in builtin_specs()}
         specs: list[OpSpec] = [*builtin_specs()]
-        for loaded, spec in self._call("optcompiler_ops"):
-            if not isinstance(spec, OpSpec):
-                raise PluginError(f"plugin {loaded}: optcompiler_ops gave {spec!r}, no OpSpec.")
+        for loaded, spec in self._specs():
             if spec.key in owners:
                 raise PluginError(
                     f"operator {spec.domain}::{spec.op_type} is declared twice, by "
@@ -206,7 +204,15 @@ class Registry:
     @cached_property
     def domains(self) -> frozenset[str]:
         """Domains of the operators that plugins declare; asks no built-in one, so stays light."""
-        return frozenset(spec.domain for _, spec in self._call("optcompiler_ops"))
+        return frozenset(spec.domain for _, spec in self._specs())
+
+    def _specs(self) -> Iterator[tuple[Loaded, OpSpec]]:
+        from optcompiler.ops import OpSpec
+
+        for loaded, spec in self._call("optcompiler_ops"):
+            if not isinstance(spec, OpSpec):
+                raise PluginError(f"plugin {loaded}: optcompiler_ops gave {spec!r}, no OpSpec.")
+            yield loaded, spec
 
     def owner_of_pass(self, pass_: str | Pass) -> str:
         """`distribution version` of the plugin with the pass; for one given in Python, where its
