@@ -54,7 +54,9 @@ TARGETS = {
             "optcompiler/ops/channels_layout.py",
         ),
         (
+            "tests/ops/test_channel_rules.py",
             "tests/ops/test_channels.py",
+            "tests/test_channel_editing.py",
             "tests/test_channel_graph.py",
             "--deselect=tests/test_channel_graph.py::test_random_networks",
         ),
