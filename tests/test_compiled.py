@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,35 @@ def test_random_inputs_run(tmp_path: Path):
     compiled = make(tmp_path / "net", program)
     inputs = random_inputs(program, 3)
     np.testing.assert_allclose(compiled.run(inputs)[0], run_onnx(program, inputs)[0], rtol=1e-5)
+
+
+SAVER = """
+import sys, time
+from pathlib import Path
+from optcompiler.compiled import load
+from tests.toy import registry
+made, there, told = map(Path, sys.argv[1:])
+with load(made, registry=registry()) as compiled:
+    (told / made.name).touch()
+    while not (told / "go").exists():
+        time.sleep(0.001)
+    for _ in range(30):
+        compiled.save(there)
+"""
+
+
+def test_two_processes_save_to_one_place(tmp_path: Path):
+    told = tmp_path / "told"
+    told.mkdir()
+    makers = []
+    for name in ("one", "two"):
+        made = make_artifact(tmp_path / name, measurements={"damage": name})
+        command = [sys.executable, "-c", SAVER, str(made), str(tmp_path / "out" / "net"), str(told)]
+        makers.append(subprocess.Popen(command, cwd=Path(__file__).parent.parent))
+    while len(names(told)) < 2:
+        time.sleep(0.01)
+    (told / "go").touch()
+    assert [maker.wait() for maker in makers] == [0, 0]
+    assert names(tmp_path / "out") == ["net"]
+    with load(tmp_path / "out" / "net", registry=registry()) as loaded:
+        assert loaded.measurements["damage"] in ("one", "two")

@@ -52,20 +52,23 @@ def build(directory: Path, sources: Sequence[str], flags: Sequence[str], library
     command = compiler()
     objects = [f"{Path(s).stem}.o" for s in sources]
 
-    with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool, Children() as children:
+    try:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool, Children() as children:
 
-        def compile_one(pair: tuple[str, str]) -> str:
-            source, target = pair
-            return _run([*command, *FLAGS, *flags, "-c", source, "-o", target], directory, children)
+            def compile_one(pair: tuple[str, str]) -> str:
+                source, target = pair
+                steps = [*command, *FLAGS, *flags, "-c", source, "-o", target]
+                return _run(steps, directory, children)
 
-        warnings = list(pool.map(compile_one, zip(sources, objects, strict=True)))
-        _run(
-            [*command, "-shared", "-o", library, *objects, "-Wl,--build-id=none", "-s", "-lm",
-             "-lpthread"],
-            directory, children,
-        )  # fmt: skip
-    for name in objects:
-        (directory / name).unlink()
+            warnings = list(pool.map(compile_one, zip(sources, objects, strict=True)))
+            _run(
+                [*command, "-shared", "-o", library, *objects, "-Wl,--build-id=none", "-s", "-lm",
+                 "-lpthread"],
+                directory, children,
+            )  # fmt: skip
+    finally:
+        for name in objects:
+            (directory / name).unlink(missing_ok=True)
     return "".join(warnings)
 
 
