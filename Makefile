@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick fuzz conformance check format benchmark clean
+.PHONY: demo test quick fuzz conformance coverage mutants check format benchmark clean
 
 demo: $(VENV)/.installed ## train a small CNN on digits, compile it for cpu and onnxruntime, print the table
 	$(BIN)/python examples/digits.py
@@ -18,6 +18,16 @@ fuzz: $(VENV)/.installed ## 10,000 graphs of the day through every oracle, under
 
 conformance: $(VENV)/.installed ## the ONNX backend suite against every subject, with its scores
 	$(BIN)/python -m tests.conformance
+
+coverage: $(VENV)/.installed ## lines of optcompiler/ that the tests run; fails under 90%
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n auto -q
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --skip-covered
+
+mutants: $(VENV)/.installed ## small faults in planner, verifier and dependency graph; fails where tests notice under 80%
+	$(BIN)/pip install -q -c constraints.txt -e '.[mutation]'
+	$(BIN)/python -m tests.mutants
 
 check: $(VENV)/.installed ## lint and types
 	$(BIN)/ruff check .
@@ -39,4 +49,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist mutants .coverage* .pytest_cache .ruff_cache

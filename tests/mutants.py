@@ -3,12 +3,13 @@
 mutmut makes the mutants; they are tried here and not by its own runner, because a session of
 pytest that imports torch takes a second to begin. One is begun and collected, and every mutant is a
 fork of it that runs the tests that reach the mutated function, quickest first, to the first
-failure. Results are kept in mutmut's files under `mutants/`, so `mutmut show NAME` prints a mutant.
+failure. Results are kept in mutmut's files under `mutants/`, which `mutmut results` reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import fnmatch
 import gc
 import itertools
@@ -26,7 +27,7 @@ import mutmut.__main__ as mutmut_main
 import pytest
 from _pytest.runner import runtestprotocol
 from mutmut.configuration import config
-from mutmut.mutation.data import SourceFileMutationData
+from mutmut.mutation.data import MutantLineSpans, SourceFileMutationData
 from mutmut.mutation.trampoline import set_mutant_under_test
 from mutmut.state import state
 from mutmut.utils.file_utils import copy_src_dir
@@ -34,6 +35,7 @@ from mutmut.utils.format_utils import mangled_name_from_mutant_name
 
 ROOT = Path("mutants")
 ENOUGH = 0.8
+SECONDS = 1.0
 KILLED, SURVIVED, UNTESTED, TIMEOUT = 1, 0, 33, -signal.SIGXCPU
 
 
@@ -109,9 +111,10 @@ class Trial:
                 continue
             while len(running) >= self.jobs:
                 done += self._reap(running)
-            needed = 10 * sum(seconds[i.nodeid] for i in tests) + 5
-            pid = self._fork(name, self._within(tests, seconds), math.ceil(needed))
-            running[pid] = (data, name, time.monotonic() + 10 * needed)
+            tests = self._within(tests, seconds)
+            limit = math.ceil(5 * sum(seconds[t.nodeid] for t in tests) + 3)
+            pid = self._fork(name, tests, limit)
+            running[pid] = (data, name, time.monotonic() + 20 * limit)
             if done % 100 == 0:
                 for file in self.files:
                     file.save()
@@ -226,6 +229,23 @@ def score(name: str) -> float:
     return share
 
 
+def survivors(name: str) -> Iterator[str]:
+    """What each mutant that no test noticed changes, line by line."""
+    for path in TARGETS[name].files:
+        data = SourceFileMutationData(path=path)
+        data.load()
+        spans = MutantLineSpans.load(path)
+        assert spans is not None
+        for mutant, code in data.exit_code_by_key.items():
+            if code not in (SURVIVED, UNTESTED):
+                continue
+            function = mutant.rpartition(".")[2]
+            original = f"{mangled_name_from_mutant_name(function)}__mutmut_orig"
+            old, new = spans.read_function_sources([original, function])
+            diff = list(difflib.ndiff(old.splitlines(), new.splitlines()))
+            yield "\n".join([mutant, *(line for line in diff[2:] if line[0] in "-+")])
+
+
 def main() -> int:
     """Prints the score by target; 1 when one is under 80%."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
@@ -235,12 +255,18 @@ def main() -> int:
     parser.add_argument("--survivors", action="store_true",
                         help="only those that no test has noticed yet")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seconds", type=float, default=math.inf,
-                        help="of tests that one mutant gets; default: all of them")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=SECONDS,
+                        help=f"of tests that one mutant gets; default: {SECONDS}")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the survivors of the last run")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     names = options.targets or list(TARGETS)
     if unknown := set(names) - set(TARGETS):
         parser.error(f"no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
+    if options.list:
+        for name in names:
+            print(*survivors(name), sep="\n\n")
+        return 0
     generate()
     for name in names:
         trial = Trial(TARGETS[name], options.only, options.survivors, options.jobs, options.seconds)
