@@ -250,44 +250,62 @@ class ChannelGraph:
     # -- editing ----------------------------------------------------------------------------
 
     def remove(self, group: ChannelGroup, channels: Sequence[int]) -> None:
-        """Take channels of a group of this graph out of its program, for good.
+        """Take channels of a group of this graph out of its program, for good: see `remove_all`."""
+        self.remove_all([(group, channels)])
+
+    def remove_all(self, leaving: Sequence[tuple[ChannelGroup, Sequence[int]]]) -> None:
+        """Take channels of groups of this graph out of its program, for good.
 
         Edits initializers, shape constants and what nodes state about the shrunk axes; infers
-        shapes and verifies. Names stay, and weights outside the group are untouched. The graph is
-        stale afterwards. Raises `Declined` for a pinned group, a channel that the group does not
-        have, when nothing would be left, or when what is left is not valid.
+        shapes and verifies. Names stay, and weights outside the groups are untouched. The graph is
+        stale afterwards. Raises `Declined` for a pinned group, a channel that its group does not
+        have, when nothing would be left of one, or when what is left is not valid.
         """
-        gone = sorted(set(channels))
-        if group.pinned:
-            raise Declined(f"channels of {group.name!r} cannot shrink: {group.pinned}.")
-        if gone and (gone[0] < 0 or gone[-1] >= group.channels):
-            raise Declined(f"{group.name!r} has {group.channels} channels, asked for {gone}.")
-        if len(gone) >= group.channels:
-            raise Declined(f"all {group.channels} channels of {group.name!r} would go; keep one.")
-        cuts = {(m.value, m.axis): m.indices(gone) for m in group.members}
-        extents = {
-            Axis(self._values[m.value], m.axis): len(m.channel_of) - len(cuts[m.value, m.axis])
-            for m in group.members
-        }
+        cuts: dict[Key, np.ndarray] = {}
+        for group, channels in leaving:
+            gone = _removable(group, channels)
+            for m in group.members:
+                others = cuts.get((m.value, m.axis), np.zeros(0, np.int64))
+                cuts[m.value, m.axis] = np.union1d(others, m.indices(gone))
+        touching: dict[str, dict[Axis, int]] = {}
+        for (name, axis), indices in cuts.items():
+            value = self._values[name]
+            left = (_extent(Axis(value, axis)) or 0) - len(indices)
+            readers = [n for n, _ in value.uses()]
+            for node in dict.fromkeys((value.producer(), *readers)):
+                if node is not None:
+                    touching.setdefault(str(node.name), {})[Axis(value, axis)] = left
         before = self.program.inputs, self.program.outputs
         for node in self.program.graph:
-            rule = self.rules.get(str(node.name))
-            if rule is not None and rule.repair is not None:
-                operands = {*node.inputs, *node.outputs}
-                local = {a: e for a, e in extents.items() if a.value in operands}
-                if local:
-                    rule.repair(self.program, node, local)
+            rule, local = self.rules.get(str(node.name)), touching.get(str(node.name))
+            if rule is not None and rule.repair is not None and local:
+                rule.repair(self.program, node, local)
         for (name, axis), indices in cuts.items():
             weight = constant(self._values[name])
             if weight is not None:
                 self.program.set_weight(self._values[name], np.delete(weight, indices, axis))
+        labels = ", ".join(repr(group.name) for group, _ in leaving)
         try:
             self.program.infer_shapes()
             self.program.verify()
         except VerificationError as error:
-            raise Declined(f"without channels of {group.name!r}, {error}") from error
+            raise Declined(f"without channels of {labels}, {error}") from error
         if before != (self.program.inputs, self.program.outputs):
-            raise Declined(f"removing channels of {group.name!r} changes the interface.")
+            raise Declined(f"removing channels of {labels} changes the interface.")
+
+
+def _removable(group: ChannelGroup, channels: Sequence[int]) -> list[int]:
+    gone = sorted(set(channels))
+    if group.pinned:
+        raise Declined(f"channels of {group.name!r} cannot shrink: {group.pinned}.")
+    if gone and (gone[0] < 0 or gone[-1] >= group.channels):
+        raise Declined(f"{group.name!r} has {group.channels} channels, asked for {gone}.")
+    if len(gone) >= group.channels:
+        raise Declined(f"all {group.channels} channels of {group.name!r} would go; keep one.")
+    return gone
+
+
+MakeUp = Callable[[ChannelGraph, ChannelGroup], Mapping[str, np.ndarray]]
 
 
 def remove_channels(
@@ -295,7 +313,7 @@ def remove_channels(
     ops: OpTable,
     group: ChannelGroup,
     channels: Sequence[int],
-    make_up: Callable[[ChannelGraph, ChannelGroup], Mapping[str, np.ndarray]] | None = None,
+    make_up: MakeUp | None = None,
 ) -> None:
     """Take channels out of the group of `program` that is the same as `group`.
 
@@ -304,24 +322,41 @@ def remove_channels(
     what the leaving ones contributed goes to the consumer's bias (see `absorb`). Raises `Declined`
     when the program has no such group any more, or one of other channels.
     """
+    remove_all_channels(program, ops, [(group, channels, make_up)])
+
+
+def remove_all_channels(
+    program: Program,
+    ops: OpTable,
+    leaving: Sequence[tuple[ChannelGroup, Sequence[int], MakeUp | None]],
+) -> None:
+    """As `remove_channels`, for several groups at once."""
     unshare_vectors(program)
     graph = ChannelGraph(program, ops)
-    now = same_group(graph, group)
-    constants: Mapping[str, np.ndarray] = make_up(graph, now) if make_up is not None else {}
     before = len(program.graph.initializers), len(program.graph)
-    for name, values in constants.items():
-        node = program.node(name)
-        member = graph.consumed(now, node) if node is not None else None
-        assert node is not None
-        assert member is not None
-        leaving = np.isin(member.channel_of, channels)
-        if np.any(values[leaving]):
-            absorb(program, node, np.where(leaving, values, 0.0))
+    groups = _same_groups(graph, [group for group, *_ in leaving])
+    for now, (_, channels, make_up) in zip(groups, leaving, strict=True):
+        for name, values in (make_up(graph, now) if make_up is not None else {}).items():
+            node = program.node(name)
+            member = graph.consumed(now, node) if node is not None else None
+            assert node is not None
+            assert member is not None
+            gone = np.isin(member.channel_of, channels)
+            if np.any(values[gone]):
+                absorb(program, node, np.where(gone, values, 0.0))
     if before != (len(program.graph.initializers), len(program.graph)):
         # A bias that a consumer got may shrink with this very group, as in a residual block.
         graph = ChannelGraph(program, ops)
-        now = same_group(graph, group)
-    graph.remove(now, channels)
+        groups = _same_groups(graph, groups)
+    graph.remove_all([(now, c) for now, (_, c, _) in zip(groups, leaving, strict=True)])
+
+
+def _same_groups(graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """As `same_group`, for several; all groups of the graph are looked at when they are many."""
+    if len(groups) == 1:
+        return [same_group(graph, groups[0])]
+    known = {g.name: g for g in graph.groups}
+    return [_require_same(known.get(g.name), g) for g in groups]
 
 
 def unshare_vectors(program: Program) -> None:
@@ -343,7 +378,10 @@ def unshare_vectors(program: Program) -> None:
 
 def same_group(graph: ChannelGraph, group: ChannelGroup) -> ChannelGroup:
     """The group of `graph` that `group` of an earlier state still is; raises `Declined` if none."""
-    now = graph.group(group.name)
+    return _require_same(graph.group(group.name), group)
+
+
+def _require_same(now: ChannelGroup | None, group: ChannelGroup) -> ChannelGroup:
     if now is None:
         raise Declined(f"the channel group {group.name!r} is gone.")
     if now.channels != group.channels or now.producers != group.producers:

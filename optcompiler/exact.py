@@ -130,6 +130,14 @@ class Exact:
         copy = program.clone()
         seconds = self.session.seconds(self.pass_, program)
         refused: dict[int, str] = {}
+        halves = Split((len(candidates) // 2,))
+        together = candidates[0].together if candidates else None
+        if together is not None and all(c.together is together for c in candidates):
+            try:
+                guarded(f"{self.pass_.name}: together", seconds, lambda: together(copy, candidates))
+                return patch_between(self.pass_.name, self.pass_.name, program, copy), refused
+            except (Declined, PassFault):
+                return halves
         for index, candidate in enumerate(candidates):
             label = f"{self.pass_.name}[{candidate.site}={candidate.choice}]: the rewrite"
             around = _around(copy, candidate)
@@ -146,7 +154,7 @@ class Exact:
         try:
             return patch_between(self.pass_.name, self.pass_.name, program, copy), refused
         except PassFault:
-            return Split((len(candidates) // 2,))
+            return halves
 
     def _judged(self, candidate: Candidate, saving: float | None, program: Program) -> Row:
         """The row of a candidate that is verified, by what it saves."""

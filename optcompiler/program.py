@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from onnx_ir.passes import common as ir_passes
 from optcompiler.errors import InputError, VerificationError
 from optcompiler.files import replacing_file, replacing_files
 from optcompiler.inference import infer
+from optcompiler.spilling import spilled
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -309,7 +311,7 @@ class Program:
 
     def add_weight(self, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
         """Register an initializer under a fresh name beginning with `name`; return its value."""
-        tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+        tensor = ir.tensor(spilled(array), name=name) if isinstance(array, np.ndarray) else array
         fresh = self.fresh_name(name)
         tensor.name = fresh
         shape = ir.Shape(tensor.shape.numpy())
@@ -333,7 +335,7 @@ class Program:
 
     def set_weight(self, value: ir.Value, array: np.ndarray) -> None:
         """Give an initializer new contents (and type and shape) under its own name."""
-        tensor = ir.tensor(array, name=value.name)
+        tensor = ir.tensor(spilled(array), name=value.name)
         value.const_value = tensor
         value.dtype = tensor.dtype
         value.shape = ir.Shape(array.shape)
@@ -571,13 +573,20 @@ def tensor_hash(tensor: ir.TensorProtocol) -> str:
     known = tensor.meta.get("optcompiler.sha256")
     if known is None:
         digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(
-            "\0".join(map(str, tensor.numpy().flat)).encode()
-            if tensor.dtype == ir.DataType.STRING
-            else tensor.tobytes()
-        )
+        digest.update(_bytes_of(tensor))
         known = tensor.meta["optcompiler.sha256"] = digest.hexdigest()
     return known
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> Any:
+    """The bytes of a tensor as a file holds them, in place where it is in memory or mapped so."""
+    if tensor.dtype == ir.DataType.STRING:
+        return "\0".join(map(str, tensor.numpy().flat)).encode()
+    array = tensor.numpy()
+    whole = ir.DataType(tensor.dtype).bitwidth == 8 * array.dtype.itemsize
+    if not (whole and array.flags.c_contiguous and sys.byteorder == "little"):
+        return tensor.tobytes()
+    return array.reshape(-1).view(np.uint8).data
 
 
 def stub_proto(model: ir.Model) -> onnx.ModelProto:

@@ -71,7 +71,9 @@ class Candidate:
     `rewrite` edits the private copy it is given. It looks its site up by name, because other
     candidates may have been applied before it, and raises `Declined` when the site is gone. Many
     candidates of a pass may be applied to one copy before it is looked at, so a rewrite works where
-    its site is and not through the whole program: what it leaves unused the core sweeps up.
+    its site is and not through the whole program: what it leaves unused the core sweeps up. A pass
+    that cannot do so gives its candidates one `together`, which does what the rewrites of several
+    would one after another.
     """
 
     site: str
@@ -83,6 +85,7 @@ class Candidate:
     typical: bool = False
     note: str = ""
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    together: Callable[[Program, Sequence[Candidate]], None] | None = None
 
 
 @dataclass(frozen=True)

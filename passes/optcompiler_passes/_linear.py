@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +11,9 @@ import onnx_ir as ir
 from optcompiler.errors import Declined
 from optcompiler.program import Program, constant
 from optcompiler_passes._regions import is_constant, is_op, sole_consumer
+
+BLOCK_ELEMENTS = 1 << 20
+"""Of a weight that are worked on at once."""
 
 CONTRACTIONS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -103,17 +107,18 @@ def scale_outputs(
     Computed in float64 and rounded once to the type of the weights. A weight that another node
     reads is copied. Raises `Declined` when the result is not finite.
     """
-    array = _floats(target.weight)
     node = target.node
+    array = constant(target.weight)
+    assert array is not None
     if is_op(node, "ConvTranspose"):
         groups = _int(node, "group", 1)
         per_input = np.repeat(scale.reshape(groups, -1), array.shape[0] // groups, axis=0)
-        array = array * per_input.reshape(*array.shape[:2], *(1,) * (array.ndim - 2))
+        factors = per_input.reshape(*array.shape[:2], *(1,) * (array.ndim - 2))
     elif is_op(node, "Conv") or (is_op(node, "Gemm") and _int(node, "transB", 0)):
-        array = array * scale.reshape(-1, *(1,) * (array.ndim - 1))
+        factors = scale.reshape(-1, *(1,) * (array.ndim - 1))
     else:
-        array = array * scale
-    _store(program, node, 1, target.weight, array)
+        factors = scale.reshape(1, -1)
+    _put(program, node, 1, target.weight, _scaled(array, factors, node))
     _set_bias(program, target, scale, shift)
 
 
@@ -165,23 +170,39 @@ def _set_bias(
         return
     dtype = target.weight.dtype
     assert dtype is not None
-    value = program.add_weight(f"{target.node.name}.bias", _rounded(new, dtype, target.node))
+    value = program.add_weight(
+        f"{target.node.name}.bias", _rounded(new, dtype.numpy(), target.node)
+    )
     target.node.resize_inputs(3)
     target.node.replace_input_with(2, value)
 
 
+def _scaled(array: np.ndarray, factors: np.ndarray, node: ir.Node) -> np.ndarray:
+    """array * factors in the type of `array`, a block at a time, since it may be a mapped file."""
+    result = np.empty_like(array, subok=False)
+    step = max(1, BLOCK_ELEMENTS * len(array) // max(1, array.size))
+    for start in range(0, len(array), step):
+        rows = slice(start, start + step)
+        mine = factors[rows] if len(factors) > 1 else factors
+        result[rows] = _rounded(array[rows].astype(np.float64) * mine, array.dtype, node)
+    return result
+
+
 def _store(program: Program, node: ir.Node, index: int, value: ir.Value, array: np.ndarray) -> None:
     assert value.dtype is not None
-    rounded = _rounded(array, value.dtype, node)
+    _put(program, node, index, value, _rounded(array, value.dtype.numpy(), node))
+
+
+def _put(program: Program, node: ir.Node, index: int, value: ir.Value, rounded: np.ndarray) -> None:
     if len(value.uses()) == 1:
         program.set_weight(value, rounded)
     else:
         node.replace_input_with(index, program.add_weight(f"{value.name}.{node.name}", rounded))
 
 
-def _rounded(array: np.ndarray, dtype: ir.DataType, node: ir.Node) -> np.ndarray:
+def _rounded(array: np.ndarray, dtype: np.dtype[Any], node: ir.Node) -> np.ndarray:
     with np.errstate(over="ignore"):
-        rounded = array.astype(dtype.numpy())
+        rounded = array.astype(dtype)
     if not np.isfinite(rounded.astype(np.float64)).all():
         raise Declined(f"weights of {node.name!r} would not be finite after folding.")
     return rounded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ import onnx_ir as ir
 from optcompiler.channels import (
     ChannelGraph,
     ChannelGroup,
+    MakeUp,
     Member,
     absorb_obstacle,
+    remove_all_channels,
     remove_channels,
     unshare_vectors,
 )
@@ -27,6 +30,9 @@ from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContex
 
 Interval = tuple[np.ndarray, np.ndarray]
 """Least and greatest value, float64, with the value's rank and extents of 1 where all are alike."""
+
+BLOCK_ELEMENTS = 1 << 20
+"""Of a weight that are worked on at once."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class PruneDeadChannels(Pass):
             found: list[Candidate] = []
             for group in graph.groups:
                 site = group.name if round_ == 1 else f"{group.name}@{round_}"
-                outcome = _candidate(graph, group, bounds, site, context.ops)
+                outcome = _candidate(graph, group, bounds, site, context.ops, round_)
                 if isinstance(outcome, Candidate):
                     found.append(outcome)
                     yield outcome
@@ -76,9 +82,14 @@ class PruneDeadChannels(Pass):
                     yield outcome
             if not found:
                 return
-            for candidate in found:
-                with contextlib.suppress(Declined):
-                    candidate.rewrite(working)
+            ahead = working.clone()
+            try:
+                remove_all_dead(ahead, found)
+                working = ahead
+            except Declined:
+                for candidate in found:
+                    with contextlib.suppress(Declined):
+                        candidate.rewrite(working)
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,9 @@ class Verdict:
 
 
 def _candidate(
-    graph: ChannelGraph, group: ChannelGroup, bounds: dict[str, Interval], site: str, ops: OpTable
-) -> Candidate | Decline:
+    graph: ChannelGraph, group: ChannelGroup, bounds: dict[str, Interval], site: str, ops: OpTable,
+    round_: int,
+) -> Candidate | Decline:  # fmt: skip
     nodes = (*group.producers, *group.consumers)
     if group.pinned:
         return Decline(site, group.pinned, nodes)
@@ -108,7 +120,8 @@ def _candidate(
     return Candidate(
         site=site,
         choice=f"remove {len(verdict.dead)} of {group.channels} channels",
-        rewrite=functools.partial(remove_dead, ops=ops, group=group, dead=verdict.dead),
+        rewrite=Removal(ops, group, verdict.dead, round_),
+        together=remove_all_dead,
         exact=True,
         nodes=nodes,
         note="; ".join(verdict.obstacles),
@@ -116,17 +129,43 @@ def _candidate(
     )
 
 
-def remove_dead(program: Program, ops: OpTable, group: ChannelGroup, dead: Sequence[int]) -> None:
-    """Remove channels of a group, after proving again, on this program, that they are dead."""
+@dataclass(frozen=True)
+class Removal:
+    """Removes channels of a group, after proving again, on the program, that they are dead."""
+
+    ops: OpTable
+    group: ChannelGroup
+    dead: tuple[int, ...]
+    round: int
+
+    def __call__(self, program: Program) -> None:
+        remove_channels(program, self.ops, self.group, self.dead, _prover(self.dead, {}))
+
+
+def remove_all_dead(program: Program, candidates: Sequence[Candidate]) -> None:
+    """What the candidates' rewrites do, with one proof and one removal for each round of them."""
+    removals = [c.rewrite for c in candidates if isinstance(c.rewrite, Removal)]
+    for _, found in itertools.groupby(removals, lambda r: r.round):
+        bounds: dict[str, Interval] = {}
+        same = list(found)
+        leaving = [(r.group, r.dead, _prover(r.dead, bounds)) for r in same]
+        remove_all_channels(program, same[0].ops, leaving)
+
+
+def _prover(dead: Sequence[int], known: dict[str, Interval]) -> MakeUp:
+    """Proves that channels are dead. Provers that share `known` work bounds out once, before any
+    of their groups gives a constant to a bias, which only takes the place of what it gave."""
 
     def prove(graph: ChannelGraph, now: ChannelGroup) -> dict[str, np.ndarray]:
-        verdict = judge(graph, now, intervals(graph.program))
+        if not known:
+            known.update(intervals(graph.program))
+        verdict = judge(graph, now, known)
         alive = len(set(dead) - set(verdict.dead))
         if alive:
-            raise Declined(f"{alive} of {len(dead)} channels of {group.name!r} are not dead here.")
+            raise Declined(f"{alive} of {len(dead)} channels of {now.name!r} are not dead here.")
         return dict(verdict.leftovers)
 
-    remove_channels(program, ops, group, dead, prove)
+    return prove
 
 
 def judge(graph: ChannelGraph, group: ChannelGroup, bounds: dict[str, Interval]) -> Verdict:
@@ -398,15 +437,14 @@ def _matrix(node: ir.Node, get: Lookup) -> Interval | None:
     stored = constant(node.inputs[1])
     if stored is None or stored.ndim != 2:
         return None
-    weight = stored.astype(np.float64)
     attributes = attributes_of(node)
+    weight, alpha = stored, 1.0
     if node.op_type == "Gemm":
         if attributes["transA"]:
             return None
-        weight = float(attributes["alpha"]) * (weight.T if attributes["transB"] else weight)
+        weight, alpha = stored.T if attributes["transB"] else stored, float(attributes["alpha"])
     rank = len(dims(node.inputs[0]) or ())
-    low, high = _collapsed(get(0), rank - 1, weight.shape[0])
-    least, most = (v.sum(axis=0) for v in _affine(low[:, None], high[:, None], weight))
+    least, most = _product(*_collapsed(get(0), rank - 1, weight.shape[0]), weight, alpha)
     shape = (*(1 for _ in range(rank - 1)), -1)
     low, high = least.reshape(shape), most.reshape(shape)
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -414,6 +452,27 @@ def _matrix(node: ir.Node, get: Lookup) -> Interval | None:
         bias_low, bias_high = _affine(*get(2), beta)
         low, high = low + bias_low, high + bias_high
     return low, high
+
+
+def _product(low: np.ndarray, high: np.ndarray, weight: np.ndarray, alpha: float) -> Interval:
+    """Bounds of x @ (alpha * weight) for x between `low` and `high`.
+
+    A few rows at a time, since the weight may be a mapped file; where nothing is known of x, only
+    which of them are zero counts.
+    """
+    least, most = np.zeros(weight.shape[1]), np.zeros(weight.shape[1])
+    step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        if np.isneginf(low[rows]).all() and np.isposinf(high[rows]).all() and alpha:
+            unbounded = (weight[rows] != 0).any(axis=0)
+            least[unbounded], most[unbounded] = -math.inf, math.inf
+            continue
+        scale = alpha * weight[rows].astype(np.float64)
+        below, above = _affine(low[rows, None], high[rows, None], scale)
+        least += below.sum(axis=0)
+        most += above.sum(axis=0)
+    return least, most
 
 
 def _pooled(node: ir.Node, get: Lookup) -> Interval | None:
