@@ -18,7 +18,7 @@ from optcompiler.batching import Batched
 from optcompiler.binding import resolved
 from optcompiler.budget import Budget
 from optcompiler.compiled import Compiled
-from optcompiler.contract import protected, protected_batch
+from optcompiler.contract import EXACT, protected, protected_batch
 from optcompiler.errors import GateError, InputError, OptcompilerError, PassFault
 from optcompiler.executor import to_torch
 from optcompiler.finish import Built
@@ -28,6 +28,7 @@ from optcompiler.plugins import Registry
 from optcompiler.program import Program
 from optcompiler.progress import Silent
 from optcompiler.rewriting import Batch, Pass, PassContext, Progress, Stage
+from optcompiler.sealing import Seal
 from optcompiler.session import Session, judge_of
 from optcompiler.signature import Signature, is_torch
 from optcompiler.target import Target
@@ -116,6 +117,7 @@ class Job:
     options: dict[str, Any]
     registry: Registry
     batches: list[Batch]
+    seal: Seal
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     _clock: float = field(default_factory=time.perf_counter)
 
@@ -181,7 +183,8 @@ class Job:
                 for p in chosen
             ],
         }  # fmt: skip
-        job = cls(session, signature, chosen, budget, damage, options, registry, batches)
+        seal = Seal([*batches, *tune, *holdout, check], teacher)
+        job = cls(session, signature, chosen, budget, damage, options, registry, batches, seal)
         job.seconds["import"] = imported_at - start
         job.seconds["device profile"] = time.perf_counter() - imported_at
         job._clock = time.perf_counter()
@@ -203,6 +206,8 @@ class Job:
             try:
                 return work()
             except PassFault as fault:
+                if fault.pass_ is not None:
+                    self.seal.check(self._named([fault.pass_]))
                 gone = self.session.quarantine(fault)
                 self.passes = [p for p in self.passes if p.name != gone.pass_name]
 
@@ -214,6 +219,8 @@ class Job:
         planner, probe = self._plan(clean)
         if probe is not None:
             session.history += probe.steps
+            lossy = [p for p in self.passes if p.stage not in EXACT]
+            self._check_seal(lossy, probe.program)
         self._lap("plan")
         final = self._exact(Stage.FUSE, probe.program if probe else clean)
         self._lap("fuse")
@@ -242,7 +249,16 @@ class Job:
             if pass_.stage is stage:
                 self.session.progress.note(f"{pass_.name}: {pass_.summary}")
                 program = self.session.apply_exact(pass_, program, record=record)
+                self._check_seal([pass_], program)
         return program
+
+    def _check_seal(self, passes: Sequence[Pass], program: Program) -> None:
+        """Raise `PluginError` when one of the passes wrote to what all share."""
+        self.seal.check(self._named(passes))
+        self.seal.hold(self.session.teacher, program)
+
+    def _named(self, passes: Sequence[Pass]) -> list[str]:
+        return [f"pass {p.name} of {self.session.owners[p.name]}" for p in passes]
 
     def _plan(self, clean: Program) -> tuple[Planner | None, Probe | None]:
         lossy = [p for p in self.passes if p.stage in (Stage.REDUCE, Stage.QUANTIZE)]

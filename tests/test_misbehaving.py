@@ -248,6 +248,37 @@ def test_what_is_shared_is_read_only(quarantines: Any, spoil: Any) -> None:
     assert (kind, "read-only" in reason) == (RAISED, True)
 
 
+def write_through(array: np.ndarray) -> None:
+    """What numpy refuses and torch does, with a warning."""
+    import torch
+
+    torch.from_numpy(array).zero_()
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("and_then", [list, lambda: deep() or []], ids=["ends", "raises"])
+@pytest.mark.parametrize("stage", [EXACT, LOSSY, LAST])
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda program, context: write_through(program.weights()["k0"].numpy()), "weight 'k0'"),
+        (lambda program, context: write_through(context.calibration[0]["x"]), "input 'x'"),
+    ],
+    ids=["weights", "calibration"],
+)
+def test_writing_past_numpy_stops_the_compile(
+    monkeypatch: pytest.MonkeyPatch, toy: Entry, spoil: Any, what: str, stage: Stage,
+    and_then: Callable[[], list[Any]],
+) -> None:  # fmt: skip
+    def propose(program: Program, context: Any) -> list[Any]:
+        spoil(program, context)
+        return and_then()
+
+    evil = Entry("evil", lambda: offering(passes=[pass_of(propose, stage)]))
+    with pytest.raises(PluginError, match=f"{what} was written to.*pass evil of {OWNER}"):
+        compiled(installed(monkeypatch, toy, evil))
+
+
 # -- passes that rewrite ----------------------------------------------------------------------
 
 
