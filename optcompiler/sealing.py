@@ -1,11 +1,12 @@
 """Noticing that somebody wrote to arrays that everybody shares.
 
 They are read-only in numpy, but `torch.from_numpy` and others write through all the same. What is
-memory-mapped from a file cannot be written to and is left out.
+mapped from a file cannot be written to and is left out, so that it need not be read.
 """
 
 from __future__ import annotations
 
+import mmap
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -50,8 +51,16 @@ class Seal:
                     yield f"calibration input {name!r}", array
         for program in programs:
             for name, tensor in program.weights().items():
-                if not isinstance(tensor, ir.ExternalTensor):
+                if not isinstance(tensor, ir.ExternalTensor) and not _mapped(tensor.numpy()):
                     yield f"weight {name!r}", tensor
+
+
+def _mapped(array: np.ndarray) -> bool:
+    """Whether the memory is that of a file."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base.obj if isinstance(base, memoryview) else base, mmap.mmap)
 
 
 def _checksum(shared: Any) -> int:
