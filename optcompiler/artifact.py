@@ -26,12 +26,14 @@ from typing import Any, cast
 import onnx_ir as ir
 
 from optcompiler._version import __version__
+from optcompiler.checking import LEDGER_FORM, MANIFEST_FORM, MEASUREMENTS_FORM, Form, check_form
 from optcompiler.errors import InputError
 from optcompiler.files import files_under, inside, number, plain, sha256_of, to_json, write_text
 from optcompiler.ledger import Ledger, Row
 from optcompiler.program import Port, Program, port, tensor_hash
 from optcompiler.signature import Signature
 from optcompiler.target import Target
+from optcompiler.untrusted import json_of
 
 FORMAT = "optcompiler-artifact"
 FORMAT_VERSION = 1
@@ -39,6 +41,9 @@ MANIFEST = "manifest.json"
 CODE = "code"
 NODE_LINE = re.compile(r"^\s*\[(?P<name>.+?)\] (?=.* = )")
 """A node in a program's text."""
+
+MOST_TEXT_BYTES = 1 << 28
+"""Of one JSON file of an artifact."""
 
 _SHOWN_ELEMENTS = 16
 
@@ -174,8 +179,8 @@ def program_text(program: Program) -> str:
 def is_artifact(directory: str | Path) -> bool:
     """Whether `directory` holds a manifest that calls itself one of ours; checks nothing else."""
     try:
-        manifest = json.loads((Path(directory) / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = json_of(Path(directory) / MANIFEST, str(directory), MOST_TEXT_BYTES)
+    except InputError:
         return False
     return isinstance(manifest, dict) and cast("dict[str, Any]", manifest).get("format") == FORMAT
 
@@ -194,14 +199,14 @@ def open_artifact(directory: str | Path) -> Artifact:
         return Artifact(
             directory=directory,
             manifest=manifest,
-            ledger=_ledger((directory / "ledger.json").read_text(encoding="utf-8")),
-            measurements=json.loads((directory / "measurements.json").read_text(encoding="utf-8")),
+            ledger=_ledger(_record(directory, "ledger.json", LEDGER_FORM)),
+            measurements=_record(directory, "measurements.json", MEASUREMENTS_FORM),
             signature=Signature.from_json(manifest["signature"]),
             target=Target.parse(manifest["target"]),
             inputs=_ports(interface["inputs"]),
             outputs=_ports(interface["outputs"]),
         )
-    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
         raise InputError(
             f"{directory}: not a whole artifact ({type(error).__name__}: {error}); compile again."
         ) from error
@@ -209,15 +214,11 @@ def open_artifact(directory: str | Path) -> Artifact:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
+        manifest = json_of(directory / MANIFEST, f"{directory}: {MANIFEST}", MOST_TEXT_BYTES)
+    except InputError as error:
         raise InputError(
-            f"{directory} is not an artifact: {MANIFEST} cannot be read ({error.strerror}); "
-            f"give the directory that `optcompiler compile -o` wrote."
-        ) from error
-    except ValueError as error:
-        raise InputError(
-            f"{directory}: {MANIFEST} is not JSON ({error}); compile it again."
+            f"{directory} is not an artifact ({str(error).partition('; ')[0]}); give the directory "
+            f"that `optcompiler compile -o` wrote, or compile again."
         ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:  # type: ignore[union-attr]
         raise InputError(
@@ -230,6 +231,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory}: artifact format {version!r}, but optcompiler {__version__} reads format "
             f"{FORMAT_VERSION}; compile it again, or use the optcompiler that wrote it."
         )
+    check_form(manifest, MANIFEST_FORM, f"{directory}: {MANIFEST}")
     return cast("dict[str, Any]", manifest)
 
 
@@ -256,8 +258,14 @@ def _ports(entries: list[dict[str, Any]]) -> tuple[Port, ...]:
     )
 
 
-def _ledger(text: str) -> Ledger:
-    rows: list[dict[str, Any]] = json.loads(text)
+def _record(directory: Path, name: str, form: Form) -> Any:
+    label = f"{directory}: {name}"
+    value = json_of(directory / name, label, MOST_TEXT_BYTES)
+    check_form(value, form, label)
+    return value
+
+
+def _ledger(rows: list[dict[str, Any]]) -> Ledger:
     for row in rows:
         row |= {k: number(row[k]) for k in ("saving_us", "damage")}
         row["nodes"] = tuple(row["nodes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -49,6 +50,7 @@ class Compiled:
         artifact: Artifact | None = None,
     ) -> None:
         self._artifact = artifact or open_artifact(directory)
+        self._stamps = _stamps(self._artifact)
         self._backend = backend
         self._program = program
         self._threads = threads or self._artifact.target.threads
@@ -91,10 +93,24 @@ class Compiled:
             raise InputError(f"the artifact {self.directory} was closed; load it again.")
         if self._runner is None:
             artifact = self._artifact
-            self._runner = self._backend.load(
-                artifact.code, artifact.backend_info, threads=self._threads
-            )
+            self._check_unchanged()
+            try:
+                self._runner = self._backend.load(
+                    artifact.code, artifact.backend_info, threads=self._threads
+                )
+            except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+                raise InputError(
+                    f"{self.directory}: {artifact.target.backend} cannot load what the manifest "
+                    f"says ({type(error).__name__}: {error}); compile or copy the artifact again."
+                ) from error
         return self._runner
+
+    def _check_unchanged(self) -> None:
+        """Hash the files again if one was written or replaced after they were hashed."""
+        if self._stamps == _stamps(self._artifact):
+            return
+        if open_artifact(self.directory).manifest != self.manifest:
+            raise InputError(f"{self.directory} was replaced after it was opened; load it again.")
 
     # -- looking ----------------------------------------------------------------------------
 
@@ -229,6 +245,16 @@ def refuse_other_than_artifact(directory: Path) -> None:
             f"{directory} holds something that is not an optcompiler artifact; remove it or choose "
             f"another place."
         )
+
+
+def _stamps(artifact: Artifact) -> dict[str, tuple[int, ...]]:
+    """What a file system knows of each file's content without reading it."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in artifact.manifest["files"]:
+        with contextlib.suppress(OSError):
+            s = (artifact.directory / name).stat()
+            found[name] = (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+    return found
 
 
 def _holds_torch(value: Any) -> bool:

@@ -28,6 +28,8 @@ from optcompiler.errors import InputError
 
 _CHUNK = 1 << 20
 
+_LONGEST_PATH = 4096
+
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; reads it in pieces."""
@@ -188,11 +190,18 @@ def inside(directory: Path, relative: str) -> Path:
     Absolute paths, `..`, backslashes, drive letters and symbolic links that lead out are refused.
     """
     parts = PurePosixPath(relative).parts
-    odd = not parts or relative.startswith("/") or ".." in parts or "\\" in relative
+    odd = (
+        not parts
+        or len(relative) > 4096
+        or "\0" in relative
+        or relative.startswith("/")
+        or ".." in parts
+        or "\\" in relative
+    )
     path = directory / relative
     if odd or ":" in parts[0] or not path.resolve().is_relative_to(directory.resolve()):
         raise InputError(
-            f"{directory}: the manifest names {relative!r}, which is not a path inside "
+            f"{directory}: the manifest names {relative[:200]!r}, which is not a path inside "
             f"the artifact; compile it again."
         )
     return path

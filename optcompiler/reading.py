@@ -45,6 +45,15 @@ def read_model(source: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Mode
     return model, label
 
 
+def check_file(path: Path) -> None:
+    """Raise `InputError` for an ONNX file that no runtime should be given."""
+    model = _from_proto(_read(path, str(path)), str(path))
+    for tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.base_dir = str(path.absolute().parent)
+    _check_external_data(model, str(path))
+
+
 def _load(source: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model, str]:
     if isinstance(source, ir.Model):
         return source.clone(), "the model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -57,7 +57,8 @@ class Tree:
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> Tree:
-        return cls(
+        """Read what `to_json` gave. Raises `ValueError` for a tree of another form."""
+        tree = cls(
             kind=json["kind"],
             index=json.get("index", -1),
             value=json.get("value"),
@@ -65,6 +66,18 @@ class Tree:
             keys=tuple(json.get("keys", ())),
             type=json.get("type", ""),
         )
+        keyed = tree.kind in ("dict", "object", "namedtuple")
+        fits = (
+            tree.kind in (*LEAVES, *_CONTAINERS, "constant")
+            and (tree.kind not in LEAVES or (type(tree.index) is int and tree.index >= 0))
+            and isinstance(json.get("value"), (bool, int, float, str, type(None)))
+            and (not keyed or len(tree.keys) == len(tree.items))
+            and all(isinstance(k, (str, int)) for k in json.get("keys", ()))
+            and isinstance(json.get("type", ""), str)
+        )
+        if not fits:
+            raise ValueError(f"a tree of kind {str(tree.kind)[:50]!r} that holds something else")
+        return tree
 
     def children(self) -> list[tuple[str, Tree]]:
         """The items with the key, field or position of each."""
@@ -128,7 +141,7 @@ class Signature:
     def from_json(cls, json: Mapping[str, Any]) -> Signature:
         """Read what `to_json` gave. Raises `InputError` for anything else."""
         try:
-            return cls(
+            signature = cls(
                 parameters=tuple(
                     Parameter(p["name"], Tree.from_json(p["tree"]), p["positional"])
                     for p in json["parameters"]
@@ -137,7 +150,13 @@ class Signature:
                 inputs=tuple(_port_from_json(p) for p in json["inputs"]),
                 outputs=tuple(_port_from_json(p) for p in json["outputs"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+            given = {i for p in signature.parameters for i in _indices(p.tree)}
+            if given != set(range(len(signature.inputs))):
+                raise ValueError(f"arguments for inputs {sorted(given)} of {len(signature.inputs)}")
+            if max(_indices(signature.result), default=-1) >= len(signature.outputs):
+                raise ValueError("a result that is no output")
+            return signature
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"not a signature ({type(error).__name__}: {error}); compile the model again."
             ) from error
@@ -185,8 +204,8 @@ class Signature:
     def restore(self, outputs: Sequence[np.ndarray], like_torch: bool) -> Any:
         """The result as the model returned it, around `outputs` (in graph order).
 
-        With `like_torch` arrays become torch tensors over the same memory. A namedtuple or other
-        class is made only when its module is loaded already; otherwise a dict of its fields is.
+        With `like_torch` arrays become torch tensors over the same memory. A namedtuple or
+        dataclass is made when its module is loaded already; otherwise a dict of its fields is.
         """
         return _unflatten(self.result, outputs, like_torch)
 
@@ -401,8 +420,12 @@ def _unflatten(tree: Tree, outputs: Sequence[np.ndarray], like_torch: bool) -> A
     made = _loaded_class(tree.type) if tree.type else None
     if made is None or tree.kind == "dict":
         return fields
-    if is_struct_sequence(made):
+    if is_struct_sequence(made) and made.__module__ == "torch.return_types":
         return made(items)
+    # the name may come from an artifact of somebody else: of the classes that are loaded, none
+    # but plain records are called
+    if not is_dataclass(made) and not (issubclass(made, tuple) and hasattr(made, "_fields")):
+        return fields
     try:
         return made(**{str(k): v for k, v in fields.items()})
     except (TypeError, ValueError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from optcompiler.bounds import memory_bytes
 from optcompiler.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ def random_batch(
         if port.kind != "tensor":
             raise InputError(f"input {port}: no example can be made; give one.")
         shape = tuple(d if isinstance(d, int) else dynamic for d in port.shape)
+        if min(shape, default=0) < 0 or 8 * prod(shape) > memory_bytes():
+            raise InputError(f"input {port}: no memory holds an example; give one.")
         try:
             dtype = ir.DataType[port.dtype].numpy()
         except (KeyError, TypeError) as error:

@@ -16,6 +16,8 @@ from optcompiler.ledger import Ledger, Row
 from optcompiler.program import Program
 from tests.support import MLP, ROWS, make_artifact
 
+WRONG = {"parameters": [], "result": {"kind": "code"}, "inputs": [], "outputs": []}
+
 
 def contents_of(directory: Path) -> dict[str, bytes]:
     return {
@@ -105,11 +107,11 @@ def _alter(directory: Path) -> None:
         (lambda d: (d / "manifest.json").write_text("[]"), "not one of optcompiler's"),
         (lambda d: _edit(d, format="other"), "not one of optcompiler's"),
         (lambda d: _edit(d, format_version=99), "artifact format 99"),
-        (lambda d: _edit(d, files={"../x": {}}), "not a path inside"),
+        (lambda d: _edit(d, files={"../x": {"sha256": "", "size_bytes": 0}}), "not a path inside"),
         (lambda d: _edit(d, files={}), "code/model.onnx is not in the manifest"),
         (lambda d: _edit(d, files=3), "not a whole artifact"),
         (lambda d: _edit(d, interface={}), "not a whole artifact"),
-        (lambda d: _edit(d, signature={}), "not a signature"),
+        (lambda d: _edit(d, signature=WRONG), "not a signature"),
     ],
 )
 def test_what_was_changed_is_refused(tmp_path: Path, damage: Any, message: str):

@@ -217,3 +217,13 @@ signature.restore(list(bound.values()), False)
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_result_names_no_class_that_does_something() -> None:
+    """A manifest may name any class that is loaded; only records are made of it."""
+    items = [{"kind": "constant", "value": "true"}, {"kind": "constant", "value": True}]
+    result = {"kind": "object", "type": "subprocess:Popen", "keys": ["args", "shell"],
+              "items": items}  # fmt: skip
+    json = {"parameters": [], "result": result, "inputs": [], "outputs": []}
+    restored = Signature.from_json(json).restore([], like_torch=False)
+    assert restored == {"args": "true", "shell": True}

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,10 +71,10 @@ def _weights(text: str) -> dict[str, str]:
 
 
 def _side(path: str) -> Side:
-    from optcompiler.artifact import is_artifact, open_artifact, program_text
+    from optcompiler.artifact import open_artifact, program_text
     from optcompiler.cli.models import program_of
 
-    if is_artifact(path):
+    if Path(path).is_dir():
         artifact = open_artifact(path)
         return Side(
             _interface(artifact.inputs, artifact.outputs),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 @common
 def inspect(model_or_artifact: str, as_json: bool, registry: Callable[[], Registry]) -> None:
     """Show what a model or an artifact holds: interface, operators, work, weights."""
-    from optcompiler.artifact import is_artifact, open_artifact
+    from optcompiler.artifact import open_artifact
 
-    if is_artifact(model_or_artifact):
+    if Path(model_or_artifact).is_dir():
         facts = _artifact_facts(open_artifact(model_or_artifact))
     else:
         facts = _model_facts(program_of(model_or_artifact), registry())

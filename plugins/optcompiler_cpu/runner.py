@@ -45,6 +45,29 @@ def _spelling(library: Path) -> str:
         return os.path.join(library.parent, *["."] * files.index(file), library.name)
 
 
+class _Port(ctypes.Structure):
+    """`oc_port` of net.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p), ("dtype", ctypes.c_char_p), ("rank", ctypes.c_int),
+        ("shape", ctypes.POINTER(ctypes.c_long)),
+    )  # fmt: skip
+
+
+def _check_ports(function: Any, said: Sequence[Mapping[str, Any]], library: str) -> None:
+    """Refuse a manifest with another interface than the library, which checks no sizes itself."""
+    count = ctypes.c_int()
+    function.restype = ctypes.POINTER(_Port)
+    ports: Any = function(ctypes.byref(count))
+    found = [(p.dtype.decode(), [p.shape[i] for i in range(p.rank)]) for p in ports[: count.value]]
+    stated = [(str(p["dtype"]), [int(d) for d in p["shape"]]) for p in said]
+    if found != stated:
+        raise InputError(
+            f"{library} has the interface {found}, but the manifest says {stated}; compile or copy "
+            f"the artifact again."
+        )
+
+
 class CpuRunner(Runner):
     """One handle of the library. `ports` are the manifest's inputs and outputs."""
 
@@ -64,6 +87,8 @@ class CpuRunner(Runner):
             raise InputError(
                 f"cannot load {library.name}: {error}; compile it again for this machine."
             ) from error
+        for function, kind in ((lib.oc_inputs, "inputs"), (lib.oc_outputs, "outputs")):
+            _check_ports(function, ports[kind], library.name)
         lib.oc_create.restype = ctypes.c_void_p
         lib.oc_create.argtypes = [ctypes.c_char_p]
         lib.oc_set_threads.argtypes = [ctypes.c_void_p, ctypes.c_int]

@@ -13,7 +13,9 @@ from onnx_ir.passes import common as ir_passes
 
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
 from optcompiler.errors import InputError, UnsupportedOperatorError, VerificationError
+from optcompiler.files import inside
 from optcompiler.program import PASS_KEY, SOURCE_KEY, Program, static_shape
+from optcompiler.reading import check_file
 from optcompiler.target import Target
 
 MODEL = "model.onnx"
@@ -108,7 +110,9 @@ class OnnxRuntimeBackend(Backend):
     def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
         from optcompiler_onnxruntime.runner import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(directory / str(info["model"]), threads)
+        path = inside(directory, str(info["model"]))
+        check_file(path)
+        return OnnxRuntimeRunner(path, threads)
 
     def versions(self) -> Mapping[str, str]:
         from importlib.metadata import version

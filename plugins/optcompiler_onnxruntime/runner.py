@@ -32,7 +32,14 @@ class OnnxRuntimeRunner(Runner):
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         if self._session is None:
             raise InputError(f"{self._path.name}: the runner is closed; load the artifact again.")
-        outputs: list[Any] = list(self._session.run(self._outputs, dict(inputs)))
+        errors = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+        try:
+            outputs: list[Any] = list(self._session.run(self._outputs, dict(inputs)))
+        except errors.InvalidArgument as error:
+            raise InputError(
+                f"{self._path.name}: the inputs are not those of the model "
+                f"({' '.join(str(error).split())[:300]}); compile or copy the artifact again."
+            ) from error
         for index, value in enumerate(outputs):
             if value is not None and not isinstance(value, list):
                 outputs[index] = np.asarray(value)

@@ -84,10 +84,11 @@ def run_item(item: Item, folder: Path, *, fresh: bool) -> Outcome:
     stdout, stderr = (s.read_text(encoding="utf-8", errors="replace") for s in streams)
     after = _snapshot(folder)
     changed = {p for p in before.keys() | after.keys() if before.get(p) != after.get(p)}
-    strays = sorted(p for p in changed if p != "out" and not p.startswith("out/"))
+    made = "out" not in before
+    strays = sorted(p for p in changed if not (made and (p == "out" or p.startswith("out/"))))
     return Outcome(
         item.name, code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, stderr, stdout,
-        (folder / "out").exists(), tuple(strays),
+        made and (folder / "out").exists(), tuple(strays),
     )  # fmt: skip
 
 
