@@ -1,12 +1,12 @@
 """How large a program the core takes: memory with mapped weights, and time by the number of nodes.
 
-    python benchmarks/scale.py decoder [--layers 32] [--type float32] [--save]
-    python benchmarks/scale.py nodes [--kinds deep,wide] [--sizes 1000,3000,10000] [--passes a,b]
+    python -m benchmarks.scale decoder [--layers 32] [--type float32] [--save]
+    python -m benchmarks.scale nodes [--kinds deep,wide] [--sizes 1000,3000,10000] [--passes a,b]
 
 `decoder` takes a decoder of Llama-7B's shapes, whose weights are a sparse file, through import,
 verification and every exact pass of the default pipeline, and samples RssAnon: the memory of the
-process that no file stands behind. `nodes` prints the microseconds per node of each step on graphs
-of rising size, and the slope of log time over log nodes: 1 is linear.
+process that no file stands behind. `nodes` prints the microseconds of processor time per node of
+each step on graphs of rising size, and the slope of log time over log nodes: 1 is linear.
 """
 
 from __future__ import annotations
@@ -152,9 +152,9 @@ def _steps(
     kind: str, size: int, registry: Registry, wanted: Sequence[str] | None
 ) -> Iterator[tuple[str, float]]:
     def timed(step: Callable[[], T]) -> tuple[T, float]:
-        start = time.perf_counter()
+        start = time.process_time()
         result = step()
-        return result, time.perf_counter() - start
+        return result, time.process_time() - start
 
     program, seconds = timed(lambda: Program.from_onnx(KINDS[kind](size)))
     yield "import", seconds
