@@ -72,15 +72,13 @@ def put_back(program: Program, names: Iterable[str], part: Program) -> Program:
         del source.initializers[name]
         value.name = copy.fresh_name(name)
         graph.register_initializer(value)
-    for value in source.outputs:
-        old = made[value.name or ""]
-        ir.convenience.replace_all_uses_with(old, value)
-        for index, shown in enumerate(graph.outputs):
-            if shown is old:
-                graph.outputs[index] = value
+    outputs, nodes = list(source.outputs), list(source)
     source.outputs.clear()
-    nodes = list(source)
     source.remove(nodes)
+    for value in outputs:
+        ir.convenience.replace_all_uses_with(
+            made[value.name or ""], value, replace_graph_outputs=True
+        )
     read = {v for n in gone for v in consumed(n)}
     for node in gone:
         _detach(node)

@@ -99,6 +99,7 @@ def test_compile_passes_its_options_on(
         "--max-size-mb", "4", "--search-minutes", "5", "--calibration", tmp_path / "data",
         "--pass", "default", "--pass", "harden:ratio=0.5", "--dynamic", "x:0=batch",
         "--dynamic", "x:1=width", "--seed", "7", "--precision", "int8", "--damage", "nmse",
+        "--on-fault", "stop", "--time-limit", "2.5", "--reproducers", tmp_path / "faults",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert given["model"].content_hash() == optcompiler.Program.from_onnx(model).content_hash()
@@ -107,6 +108,8 @@ def test_compile_passes_its_options_on(
     assert given["dynamic"] == {"x": {0: "batch", 1: "width"}}
     assert (given["target"], given["precision"], given["seed"]) == ("toy:threads=2", "int8", 7)
     assert given["calibration"] == tmp_path / "data"
+    assert (given["on_fault"], given["time_limit_s"]) == ("stop", 2.5)
+    assert given["reproducers"] == tmp_path / "faults"
     budget = given["budget"].describe()
     assert (budget["metric"], budget["max_drop"], budget["search_minutes"]) == ("score", 0.5, 5)
     assert not (tmp_path / "made").exists()

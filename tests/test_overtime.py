@@ -117,6 +117,26 @@ def test_handlers_do_not_swallow_it(
     place(test)
 
 
+def test_what_was_interrupted_is_over_whatever_it_returns(place: Callable[..., None]) -> None:
+    def unimpressed() -> int:
+        with contextlib.suppress(BaseException):
+            forever()
+        return 3
+
+    def offended() -> None:
+        try:
+            forever()
+        except BaseException as error:
+            raise ValueError("interrupted") from error
+
+    def test() -> None:
+        for call in (unimpressed, offended):
+            with pytest.raises(TimeIsUp):
+                within(BRIEF, call)
+
+    place(test)
+
+
 def test_limits_nest(place: Callable[..., None]) -> None:
     def outer_first() -> None:
         with contextlib.suppress(TimeIsUp):

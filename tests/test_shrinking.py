@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import pytest
 
 from optcompiler.program import Program
-from optcompiler.shrinking import extract, shrink, weights_as_inputs
-from tests.support import MLP, filled_program, op_types, random_inputs, run_onnx
+from optcompiler.shrinking import extract, fewest, put_back, shrink, weights_as_inputs
+from tests.support import MLP, assert_close, filled_program, op_types, random_inputs, run_onnx
 
 NET = """
 <ir_version: 10, opset_import: ["" : 20]>
@@ -53,6 +56,43 @@ def test_the_whole_is_a_part_of_itself_and_is_left_alone() -> None:
     assert extract(program, [str(n.name) for n in program.graph]).content_hash() == before
     extract(program, ["d"])
     assert program.content_hash() == before
+
+
+@pytest.mark.parametrize("names", [["a"], ["b", "c"], ["c"], ["d", "e2"], ["a", "b", "c", "d"]])
+def test_a_part_is_put_back_where_it_was(names: list[str]) -> None:
+    program = filled_program(NET)
+    whole = put_back(program, names, extract(program, names))
+    whole.verify(like=program)
+    assert set(whole.weights()) == set(program.weights())
+    inputs = random_inputs(program)
+    assert_close(run_onnx(whole, inputs), run_onnx(program, inputs), 0)
+
+
+def test_a_part_comes_back_rewritten() -> None:
+    program = filled_program(NET)
+    part = extract(program, ["a", "b"])
+    part.set_weight(part.graph.initializers["w"], np.zeros((8, 8), np.float32))
+    part.node("b").op_type = "Neg"
+    whole = put_back(program, ["a", "b"], part)
+    whole.verify(like=program)
+    assert op_types(program)[:2] == ["MatMul", "Relu"]
+    assert whole.node("b").op_type == "Neg"
+    (weight,) = whole.weights().values()
+    assert not weight.numpy().any()
+    assert program.weights()["w"].numpy().any()
+
+
+def test_the_fewest_are_found_and_none_can_be_left_out() -> None:
+    items = [str(i) for i in range(64)]
+    tries: list[int] = []
+
+    def shows(kept: Sequence[str]) -> bool:
+        tries.append(len(kept))
+        return {"3", "40", "41"} <= set(kept)
+
+    assert fewest(items, shows) == ["3", "40", "41"]
+    assert len(tries) < 50
+    assert fewest(items, shows, over=lambda: True) == items
 
 
 def chain(length: int) -> Program:
