@@ -19,7 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-GRACE_S = 1.0
+GRACE_S = 0.8
+
+LONG_S = 1.0
+"""What works longer than this may be interrupted; then what that takes is imported beforehand."""
 
 journal: int | None = None
 """Where the working process notes, each ended by NUL, the paths that it fills; see `claims`."""
@@ -37,8 +40,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 def supervised(work: Callable[[], NoReturn]) -> NoReturn:
     """Call `work`, which ends with `SystemExit`, in a child process, and exit as that does.
 
-    128 and its number is the exit code after a signal. Signals that were ignored stay ignored.
-    Without `fork` the work is done in this process.
+    128 and its number is the exit code after a signal. Under `nohup`, SIGHUP stays ignored. Without
+    `fork` the work is done in this process.
     """
     if not hasattr(os, "fork"):
         work()
@@ -46,7 +49,10 @@ def supervised(work: Callable[[], NoReturn]) -> NoReturn:
     if hasattr(os, "memfd_create"):
         journal = os.memfd_create("optcompiler-claims")
     _control(_PR_SET_CHILD_SUBREAPER, 1)
-    watched = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+    # Shells start background jobs of a script with SIGINT ignored, but who sends it means it.
+    watched = [
+        s for s in _SIGNALS if s == signal.SIGINT or signal.getsignal(s) is not signal.SIG_IGN
+    ]
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     supervisor = os.getpid()
     child = os.fork()
@@ -111,17 +117,20 @@ def _watch(child: int, watched: Iterable[int]) -> int:
     for number in (*watched, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
-    first, deadline = None, None
+    first, deadline, ready = None, time.monotonic() + LONG_S, False
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        if left == 0:
+        left = None if ready and first is None else max(deadline - time.monotonic(), 0.0)
+        if left == 0 and first is not None:
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             break
-        if select.select([reader], [], [], left)[0]:
+        if left == 0:
+            _get_ready()
+            ready = True
+        elif select.select([reader], [], [], left)[0]:
             for number in os.read(reader, 64):
                 if number != signal.SIGCHLD and first is None:
                     first, deadline = number, time.monotonic() + GRACE_S
@@ -133,6 +142,14 @@ def _watch(child: int, watched: Iterable[int]) -> int:
     if code >= 0:
         return code
     return _interrupted(first) if first is not None else _died(-code)
+
+
+def _get_ready() -> None:
+    """Import what `_clean_up` and `_interrupted` need."""
+    import importlib
+
+    for name in ("optcompiler.claims", "optcompiler.cli.shell"):
+        importlib.import_module(name)
 
 
 def _interrupted(number: int) -> int:

@@ -164,7 +164,8 @@ def main() -> None:
             name = signal.Signals(number).name
             print(
                 f"{moment:16} {name:8} exit {done.code} after {done.seconds:.2f} s, "
-                f"left {done.left}, old artifact kept: {done.kept}"
+                f"left {done.left}, old artifact kept: {done.kept}",
+                flush=True,
             )
 
 

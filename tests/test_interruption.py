@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.interruption import MOMENTS, interrupt
+from tests.support import make_artifact
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
@@ -76,7 +77,7 @@ def test_a_process_that_was_killed_is_told(tmp_path: Path) -> None:
     assert done.stderr.startswith("optcompiler: killed by SIGKILL; ")
 
 
-def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
+def test_under_nohup_a_closed_terminal_does_not_matter(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(
         "import os, signal\ndef model():\n    os.kill(os.getppid(), signal.SIGHUP)\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n    return 'done'\n"
@@ -85,3 +86,31 @@ def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.returncode == 2
     assert "returned a str" in done.stderr
+
+
+def test_when_the_waiting_process_is_killed_the_working_one_goes_too(tmp_path: Path) -> None:
+    """Nobody is left to remove its scratch directory; the next process does."""
+    done = interrupt("saving_natively", tmp_path, [signal.SIGKILL], whole_group=False)
+    assert (done.code, done.stderr, done.kept) == (-9, "", True)
+    assert [left for left in done.left if left.startswith("process")] == []
+    assert any("optcompiler-scratch-" in left for left in done.left)
+    assert any(".out." in left for left in done.left)
+    net = make_artifact(tmp_path / "made")
+    code = "from optcompiler.compiled import load; load({!r}, registry=registry()).save({!r})"
+    code = "from optcompiler import scratch; from tests.toy import registry; scratch.new(); " + code
+    subprocess.run(
+        [sys.executable, "-c", code.format(str(net), str(tmp_path / "work" / "out"))],
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp"), "ORT_DISABLE_TELEMETRY": "1"},
+        check=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["out"]
+
+
+def test_ctrl_c_reaches_a_job_that_a_script_put_into_the_background(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        done = interrupt("waits", tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (done.code, done.stderr) == (130, LINES[signal.SIGINT])

@@ -24,7 +24,8 @@ def main() -> None:
 
     Results go to stdout, progress to stderr. Exit codes: 0 fine; 1 a gate failed (accuracy,
     budget, verification); 2 bad usage or input; 3 unsupported operator; 4 toolchain missing; 5
-    plugin fault; 70 internal error, with a reproducer written; 130 interrupted.
+    plugin fault; 70 internal error, with a reproducer written; 130 interrupted, 143 by
+    SIGTERM.
     """
 
 
