@@ -60,6 +60,18 @@ def require_tensors(program: Program, backend: str) -> None:
         )
 
 
+def require_determined(program: Program) -> None:
+    """Raise `UnsupportedOperatorError` for an operator whose result its inputs do not fix."""
+    from optcompiler.lowering.flatten import RANDOM
+
+    for node in program.all_nodes():
+        if node.domain == "" and node.op_type in RANDOM:
+            raise UnsupportedOperatorError(
+                f"operator {node.op_type} of node {node.name!r} draws random numbers, so nothing "
+                f"can be compared with it; draw them outside of the model and pass them in."
+            )
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One launch of generated or library code, as the cost model sees it.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from optcompiler import artifact, cache, device, finish, pipeline, scratch
-from optcompiler.backend import require_tensors
+from optcompiler.backend import require_determined, require_tensors
 from optcompiler.batching import Batched
 from optcompiler.binding import resolved
 from optcompiler.budget import Budget
@@ -145,6 +145,7 @@ class Job:
         imported = import_model(model, example_inputs, dynamic=dynamic)
         teacher, signature = imported.program, imported.signature
         refuse_what_cannot_run(teacher, registry.domains)
+        require_determined(teacher)
         if not capabilities.any_port:
             require_tensors(teacher, f"target {target}")
         teacher = protected(teacher)

@@ -14,7 +14,12 @@ from torch._export import utils as export_utils
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _registration
 
-from optcompiler.frontend_operators import translations
+from optcompiler.frontend_operators import complex_translations, translations
+
+_ALIASES = frozenset({
+    "divide", "true_divide", "multiply", "subtract", "greater", "greater_equal", "less",
+    "less_equal", "not_equal",
+})  # fmt: skip
 
 # decomposing changes tables of torch for its duration, and so does this module
 _lock = threading.RLock()
@@ -50,7 +55,17 @@ def _registry(build: Callable[..., Any], **options: Any) -> Any:
     registry = build(**options)
     for target, function in translations().items():
         registry.register_op(target, function)
+    for target, function in complex_translations().items():
+        registry.register_op(target, function, is_complex=True)
+    for name in [n for n in registry.functions if _is_alias(n)]:
+        del registry.functions[name]
     return registry
+
+
+def _is_alias(name: Any) -> bool:
+    """Whether torch decomposes the operator to its proper name, the one whose types it promotes."""
+    packet = name.partition("::")[2].partition(".")[0] if isinstance(name, str) else ""
+    return packet in _ALIASES
 
 
 def _copied(registry: Any) -> Any:

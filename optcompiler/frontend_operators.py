@@ -43,6 +43,14 @@ def translations() -> Mapping[Any, Translation]:
     return {**carried, **_WRITTEN}
 
 
+def complex_translations() -> Mapping[Any, Translation]:
+    """The same for complex tensors, whose last axis holds the real and the imaginary part."""
+    return {
+        _aten.constant_pad_nd.default: _complex_pad,
+        _aten._conj_physical.default: _complex_conjugate,
+    }
+
+
 # -- operators that stay themselves ---------------------------------------------------------
 
 
@@ -187,16 +195,21 @@ def _log_sigmoid(x: Any) -> Any:
 
 def _cdist(x: Any, y: Any, p: float, compute_mode: int | None = None) -> Any:
     difference = op.Abs(op.Sub(op.Unsqueeze(x, _ints(-2)), op.Unsqueeze(y, _ints(-3))))
+    return _norm(difference, p)
+
+
+def _norm(difference: Any, p: float) -> Any:
+    """The p-norm of the last axis, of what is not negative."""
     last = _ints(-1)
     if p == 0:
-        apart = op.CastLike(op.Greater(difference, _like(0.0, x)), x)
+        apart = op.CastLike(op.Greater(difference, _like(0.0, difference)), difference)
         return op.ReduceSum(apart, last, keepdims=0)
     if p == float("inf"):
         return op.ReduceMax(difference, last, keepdims=0)
     if p in (1.0, 2.0):
         return (op.ReduceL1 if p == 1 else op.ReduceL2)(difference, last, keepdims=0)
-    total = op.ReduceSum(op.Pow(difference, _like(p, x)), last, keepdims=0)
-    return op.Pow(total, _like(1 / p, x))
+    total = op.ReduceSum(op.Pow(difference, _like(p, difference)), last, keepdims=0)
+    return op.Pow(total, _like(1 / p, difference))
 
 
 def _masked_select(x: Any, mask: Any) -> Any:
@@ -414,6 +427,106 @@ def _with_axis(tensor: Any, axis: Any) -> Any:
     return wide
 
 
+def _extreme(reduce: str) -> Translation:
+    def translate(x: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+        if len(x.shape) == 0:
+            return op.Identity(x)
+        axes = (_ints(dim),) if len(dim) else ()
+        return getattr(op, reduce)(x, *axes, keepdims=int(keepdim))
+
+    return translate
+
+
+def _reverse_subtract(x: Any, other: Any, alpha: float = 1) -> Any:
+    if isinstance(other, float) and not x.dtype.is_floating_point():
+        x = op.Cast(x, to=ir.DataType.FLOAT)
+    left = other if isinstance(other, ir.Value) else _like(other, x)
+    return op.Sub(left, x if alpha == 1 else op.Mul(x, _like(alpha, x)))
+
+
+def _squeeze(x: Any, dim: Sequence[int]) -> Any:
+    axes = [d % len(x.shape) for d in dim] if len(x.shape) else []
+    ones = [a for a in axes if x.shape[a] == 1]
+    return op.Squeeze(x, _ints(ones)) if ones else op.Identity(x)
+
+
+def _resize(x: Any, size: Sequence[int], memory_format: Any = None) -> Any:
+    count = math.prod(size)
+    if count > math.prod(int(d) for d in x.shape):
+        raise ValueError(
+            f"resize of {x.shape} to {list(size)} reads memory that nothing was put in"
+        )
+    flat = op.Slice(op.Reshape(x, _ints(-1)), _ints(0), _ints(count))
+    return op.Reshape(flat, _ints(size), allowzero=1)
+
+
+def _empty_permuted(size: Sequence[int], layout: Sequence[int], dtype: int = 1, **_: Any) -> Any:
+    zero = ir.tensor(np.zeros(1, ir.DataType(dtype).numpy()))
+    return op.ConstantOfShape(op.Constant(value=ir.tensor(np.asarray(size, np.int64))), value=zero)
+
+
+def _pdist(x: Any, p: float = 2.0) -> Any:
+    first, second = np.triu_indices(int(x.shape[0]), 1)
+    rows = [
+        op.Gather(x, op.Constant(value=ir.tensor(index.astype(np.int64))))
+        for index in (first, second)
+    ]
+    return _norm(op.Abs(op.Sub(*rows)), p)
+
+
+def _cross_entropy(
+    scores: Any, target: Any, weight: Any = None, reduction: int = 1, ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:  # fmt: skip
+    """ONNX knows batches alone; the scores of one sample are a batch of one."""
+
+    def loss(*tensors: Any) -> Any:
+        return _nn.aten_cross_entropy_loss(
+            *tensors, weight, reduction, ignore_index, label_smoothing
+        )
+
+    if len(scores.shape) != 1:
+        return loss(scores, target)
+    axis = _ints(0)
+    found = loss(_with_axis(scores, axis), _with_axis(target, axis))
+    return op.Squeeze(found, axis) if reduction == 0 else found
+
+
+_FOLDS: dict[str, Callable[[Any, int], Any]] = {
+    "circular": lambda places, extent: places % extent,
+    "replicate": lambda places, extent: places.clip(0, extent - 1),
+    "reflect": lambda places, extent: extent - 1 - abs(extent - 1 - abs(places)),
+}
+"""Which element of an axis fills a place before, in or after it."""
+
+
+def _pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    """Kernels of Pad have no circular mode, and may crop what they should still read."""
+    plain = mode == "constant" or (mode != "circular" and min(pad, default=0) >= 0)
+    if plain or not all(isinstance(d, int) for d in x.shape):
+        return _nn.aten_pad(x, pad, mode, value)
+    y = x
+    for place, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        axis = len(x.shape) - 1 - place
+        extent = int(x.shape[axis])
+        index = _FOLDS[mode](np.arange(-before, extent + after), extent)
+        if before or after:
+            y = op.Gather(y, op.Constant(value=ir.tensor(index.astype(np.int64))), axis=axis)
+    return y
+
+
+def _complex_pad(x: Any, pad: Sequence[int], value: float = 0.0) -> Any:
+    if value:
+        raise ValueError(f"padding complex numbers with {value} has no ONNX form")
+    rank = len(x.shape) - 1
+    wide = [*pad, *[0] * (2 * rank - len(pad))]
+    return op.Pad(x, _ints([*wide[-2::-2], 0, *wide[-1::-2], 0]))
+
+
+def _complex_conjugate(x: Any) -> Any:
+    return op.Mul(x, op.CastLike(op.Constant(value=ir.tensor(np.array([1, -1], np.float32))), x))
+
+
 _aten: Any = torch.ops.aten
 _WRITTEN: dict[Any, Translation] = {
     _aten.split.Tensor: _split_even,
@@ -430,6 +543,15 @@ _WRITTEN: dict[Any, Translation] = {
     _aten.aminmax.default: _aminmax,
     _aten.log_sigmoid.default: _log_sigmoid,
     _aten._cdist_forward.default: _cdist,
+    _aten._pdist_forward.default: _pdist,
+    _aten.amax.default: _extreme("ReduceMax"),
+    _aten.amin.default: _extreme("ReduceMin"),
+    _aten.rsub.Scalar: _reverse_subtract,
+    _aten.squeeze.dims: _squeeze,
+    _aten.resize.default: _resize,
+    _aten.empty_permuted.default: _empty_permuted,
+    _aten.pad.default: _pad,
+    _aten.cross_entropy_loss.default: _cross_entropy,
     _aten.masked_select.default: _masked_select,
     _aten.searchsorted.Tensor: _searchsorted,
     _aten.bucketize.Tensor: _bucketize,

@@ -115,9 +115,11 @@ def program_from_exported(
     between calls, `UnsupportedOperatorError` for an operator
     without an ONNX form.
     """
+    if not any(isinstance(s.arg, TensorArgument) for s in exported.graph_signature.output_specs):
+        raise InputError("forward returns no tensor; a compiled model computes at least one.")
     with torch.no_grad(), quiet(), _tensor_outputs(exported):
         try:
-            converted = to_onnx(exported)
+            converted: Any = to_onnx(exported)
         except Exception as error:
             raise _conversion_error(error) from error
     _check_stateless(converted.exported_program)

@@ -390,6 +390,49 @@ def test_an_operator_without_an_onnx_form_stays_itself():
         compile(Factors(), (x,), target="onnxruntime", precision="fp32")
 
 
+def test_what_draws_random_numbers_is_refused_by_name():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    with pytest.raises(UnsupportedOperatorError, match=r"RandomNormalLike of node .* draws random"):
+        compile(Noisy(), (torch.ones(2),), precision="fp32")
+
+
+def test_a_forward_without_a_tensor_to_return_is_refused():
+    class Sizes(nn.Module):
+        def forward(self, x):
+            return x.shape[0], "rows"
+
+    with pytest.raises(InputError, match="returns no tensor"):
+        import_model(Sizes(), (torch.ones(2),))
+
+
+def test_numbers_and_integer_tensors_are_promoted_as_torch_does():
+    class Mask(nn.Module):
+        def forward(self, x, mask):
+            return 1.0 - mask, 1 - mask, torch.divide(x, mask + 1), torch.greater(x, mask)
+
+    x, mask = torch.randn(3), torch.tensor([0, 1, 2])
+    same(call(import_model(Mask(), (x, mask)), x, mask), Mask()(x, mask))
+
+
+def test_the_exporter_is_left_as_it_was_and_keeps_its_tables():
+    from torch.export import export
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    from optcompiler import frontend_export
+
+    found = vars(ONNXRegistry)["from_torchlib"]
+    exported = export(Net().eval(), (torch.ones(2, 4),))
+    first = frontend_export.to_onnx(exported)
+    assert vars(ONNXRegistry)["from_torchlib"] is found
+    kept = frontend_export._registry.cache_info().currsize
+    second = frontend_export.to_onnx(exported)
+    assert frontend_export._registry.cache_info().currsize == kept == 1
+    assert [n.op_type for n in second.model.graph] == [n.op_type for n in first.model.graph]
+
+
 def test_named_tuples_of_torch_and_complex_numbers_come_back_as_they_were():
     class Spectrum(nn.Module):
         def forward(self, x, z):

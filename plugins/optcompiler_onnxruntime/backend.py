@@ -82,6 +82,12 @@ class OnnxRuntimeBackend(Backend):
                     f"operator {node.domain}::{node.op_type} of node {node.name!r} is not standard "
                     f"ONNX; replace it, or compile for a backend that declares it."
                 )
+        for port in (*copy.inputs, *copy.outputs):
+            if port.dtype == "BFLOAT16":
+                raise UnsupportedOperatorError(
+                    f"{port.name!r} is bfloat16, which ONNX Runtime neither takes nor gives in "
+                    f"Python; cast it to float32 in the model."
+                )
         _explicit_zero_points(copy)
         copy.sweep()
         _strip(copy.model)
