@@ -20,7 +20,7 @@ from pathlib import Path
 from optcompiler.program import Program
 from tests.support import MLP, make_artifact
 
-MODEL = """
+MODEL = '''
 import ctypes, os, pathlib, time
 
 def note():
@@ -38,28 +38,34 @@ def swallows():
         except BaseException:
             pass
 
+def stuck():
+    """Wait for ever in C, with the interpreter locked: no signal ends that."""
+    mutex, library = ctypes.create_string_buffer(64), ctypes.PyDLL(None)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+
 def native():
     note()
-    ctypes.PyDLL(None).sleep(600)  # the interpreter is locked all the while
+    stuck()
 
 def plain():
     from optcompiler.program import Program
     return Program.from_onnx(os.environ["MODEL"]), None
 
-def hold_the_save(stuck):
+def hold_the_save(wait):
     import optcompiler.files
     def sync_tree(directory):
         note()
-        time.sleep(600) if stuck == "waits" else ctypes.PyDLL(None).sleep(600)
+        wait()
     optcompiler.files.sync_tree = sync_tree
     return plain()
 
 def saving():
-    return hold_the_save("waits")
+    return hold_the_save(lambda: time.sleep(600))
 
 def saving_natively():
-    return hold_the_save("natively")
-"""
+    return hold_the_save(stuck)
+'''
 
 COMPILER = """#!/bin/sh
 case "$*" in *--version*) exec cc --version;; esac
