@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick fuzz conformance coverage mutants check format benchmark clean
+.PHONY: demo test quick fuzz hostile conformance coverage mutants check format benchmark clean
 
 demo: $(VENV)/.installed ## train a small CNN on digits, compile it for cpu and onnxruntime, print the table
 	$(BIN)/python examples/digits.py
@@ -15,6 +15,9 @@ quick: $(VENV)/.installed ## tests that take under ten seconds each
 
 fuzz: $(VENV)/.installed ## 10,000 graphs of the day through every oracle, under ten minutes on one core
 	$(BIN)/python -m tests.fuzz --graphs 10000
+
+hostile: $(VENV)/.installed ## hostile input, every item in a fresh process
+	$(BIN)/python -m tests.hostile
 
 conformance: $(VENV)/.installed ## the ONNX backend suite against every subject, with its scores
 	$(BIN)/python -m tests.conformance

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 
+from optcompiler.bounds import memory_bytes
 from optcompiler.errors import InputError
 from optcompiler.program import Port
 from optcompiler.reading import not_finite
 from optcompiler.signature import Signature, as_array, is_torch
+from optcompiler.untrusted import opened
 
 Batch = Mapping[str, np.ndarray]
 """Inputs by name, each with the batch dimension first."""
 
 MAX_SAMPLES = 512
 """How many samples are read by default: ranges hardly move after some hundreds."""
+
+MOST_UNPACKED_BYTES = 1 << 26
+MOST_PACKING = 100
+"""How many bytes an .npz may unpack to: this many, and so many times its own."""
 
 HOLDOUT_FROM = 4
 """With fewer batches than this, nothing is held out."""
@@ -118,23 +127,77 @@ def _items(source: Any) -> Iterator[tuple[str, Any]]:
         yield f"calibration batch {index}", item
 
 
-def _folder(folder: Path) -> Iterator[tuple[str, Any]]:
+def screen_folder(folder: Path) -> list[Path]:
+    """The .npz files of a folder, in the order of their names, after a look at what each declares.
+
+    Raises `InputError` for a folder without any, and for one that is not plain arrays.
+    """
     if not folder.is_dir():
         raise InputError(f"calibration: {folder} is not a folder; give one with .npz files.")
     files = sorted(folder.glob("*.npz"))
     if not files:
         raise InputError(f"calibration: {folder} holds no .npz files; save batches with np.savez.")
     for index, path in enumerate(files):
-        where = f"calibration batch {index} ({path.name})"
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:
-            raise InputError(
-                f"{where} is not an .npz of plain arrays ({' '.join(str(error).split())[:200]}); "
-                f"save it again with np.savez."
-            ) from error
+        where = _spelled(index, path)
+        with (
+            _plain_arrays(where),
+            opened(path, where) as (handle, _),
+            open(handle, "rb", closefd=False) as stream,
+        ):
+            _refuse_bombs(stream, where)
+    return files
+
+
+def _folder(folder: Path) -> Iterator[tuple[str, Any]]:
+    for index, path in enumerate(screen_folder(folder)):
+        where = _spelled(index, path)
+        with _plain_arrays(where), np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
         yield where, arrays
+
+
+def _spelled(index: int, path: Path) -> str:
+    return f"calibration batch {index} ({path.name})"
+
+
+@contextlib.contextmanager
+def _plain_arrays(where: str) -> Generator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{where} is not an .npz of plain arrays ({' '.join(str(error).split())[:200]}); "
+            f"save it again with np.savez."
+        ) from error
+
+
+def _refuse_bombs(stream: IO[bytes], where: str) -> None:
+    """Refuse an archive that unpacks to more than memory, or that says it holds more than it does:
+    numpy makes room for what a header says before it reads."""
+    with zipfile.ZipFile(stream) as archive:
+        unpacked = sum(e.file_size for e in archive.infolist())
+        packed = sum(e.compress_size for e in archive.infolist())
+        if unpacked > min(memory_bytes(), MOST_UNPACKED_BYTES + MOST_PACKING * packed):
+            raise InputError(
+                f"{where} unpacks {packed} bytes to {unpacked}; save it again with np.savez."
+            )
+        for entry in archive.infolist():
+            with archive.open(entry) as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0
+                if version != (1, 0):
+                    read = np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(member)
+                room = entry.file_size - member.tell()
+            if dtype.hasobject:
+                raise ValueError(f"{entry.filename} holds Python objects: allow_pickle=False")
+            if prod(shape) * dtype.itemsize > room or min(shape, default=0) < 0:
+                raise InputError(
+                    f"{where}: {entry.filename} says its shape is {list(shape)}, of which "
+                    f"{room} bytes hold a part; save it again with np.savez."
+                )
 
 
 def _checked(signature: Signature, item: Any, where: str) -> Batch:

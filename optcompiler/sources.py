@@ -83,6 +83,9 @@ def metric_from_reference(text: str) -> Callable[..., Any]:
 def calibration_from_reference(text: str) -> Any:
     """Calibration data: the path of a folder, or the iterable that a function returns."""
     if Path(text).is_dir():
+        from optcompiler.calibration import screen_folder
+
+        screen_folder(Path(text))
         return Path(text)
     if ":" not in text:
         raise InputError(f"{text}: no such folder; give one with .npz files, or a function.")

@@ -85,13 +85,14 @@ def compile_(
     )  # fmt: skip
     plugins = registry()
     source, example_inputs = model_of(model, plugins)
+    batches = calibration_from_reference(calibration) if calibration else None
     from optcompiler.compiler import compile as run  # imports torch; what is refused costs little
 
     try:
         with telling_faults() as faults:
             compiled = run(
                 source, example_inputs, target=target, precision=precision,
-                calibration=calibration_from_reference(calibration) if calibration else None,
+                calibration=batches,
                 budget=budget, passes=list(passes) or None, dynamic=dynamic, damage=damage,
                 cost_model=cost_model, seed=seed, registry=plugins,
                 progress=progress_on(sys.stderr), on_fault=on_fault, time_limit_s=time_limit_s,

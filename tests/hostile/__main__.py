@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.hostile import archives, artifacts, files, graphs  # noqa: F401
+from tests.hostile import archives, artifacts, calibration, files, graphs  # noqa: F401
 from tests.hostile.corpus import ITEMS
 from tests.hostile.running import Outcome, run_item, warm
 

@@ -17,9 +17,9 @@ FINE = frozenset({0})
 class Item:
     """One thing that somebody might hand to the command line.
 
-    `codes` are the exit codes that will do, `says` what the sentence on stderr must hold. With
-    `fresh`, the quick run starts a process of its own for it and not only a fork. `own_files` are
-    created by the item's process where it is told to, apart from the output directory.
+    `codes` are the exit codes that will do, `says` what the sentence on stderr must hold. `fresh`
+    marks those that stand for their kind. Without `bounded`, the fault shows only after torch has
+    been loaded, which takes longer and more memory than a refusal may.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Item:
     codes: frozenset[int] = REFUSED
     says: str = ""
     fresh: bool = False
+    bounded: bool = True
 
     @property
     def refused(self) -> bool:
@@ -43,10 +44,11 @@ def add(
     codes: frozenset[int] = REFUSED,
     says: str = "",
     fresh: bool = False,
+    bounded: bool = True,
 ) -> None:
     if name in ITEMS:
         raise ValueError(f"two items are called {name!r}")
-    ITEMS[name] = Item(name, make, codes, says, fresh)
+    ITEMS[name] = Item(name, make, codes, says, fresh, bounded)
 
 
 def item(

@@ -58,9 +58,9 @@ class Outcome:
             found.append(f"stderr lacks {item.says!r}")
         if self.artifact:
             found.append("an output directory in spite of the error")
-        if item.refused and self.cpu_seconds > CPU_SECONDS:
+        if item.refused and item.bounded and self.cpu_seconds > CPU_SECONDS:
             found.append(f"{self.cpu_seconds:.2f} s of CPU time")
-        if item.refused and self.megabytes > MEGABYTES:
+        if item.refused and item.bounded and self.megabytes > MEGABYTES:
             found.append(f"{self.megabytes:.0f} MB")
         return found
 
