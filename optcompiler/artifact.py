@@ -2,14 +2,18 @@
 
 Layout::
 
-    manifest.json       what this is, and the SHA-256 of every other file
+    manifest.json       what this is, and the SHA-256 of code/ and program.txt
     code/               what the backend wrote; its business alone
     program.txt         structure of the final program, for people and for diff
+    records.json        the SHA-256 of the manifest and of the records, which are:
     ledger.json         every candidate and its outcome
     measurements.json   what was predicted and measured
     summary.txt         the same as a table
+    lock.json           what makes the same artifact again; see `lock`
 
-Nothing in it is executed to read it; no file holds a time of day or an absolute path.
+The manifest depends on what was decided, the records also on what was measured: two compiles that
+decide the same have the same manifest. Nothing in it is executed to read it; no file holds a time
+of day or an absolute path.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,19 +30,28 @@ from typing import Any, cast
 import onnx_ir as ir
 
 from optcompiler._version import __version__
-from optcompiler.checking import LEDGER_FORM, MANIFEST_FORM, MEASUREMENTS_FORM, Form, check_form
+from optcompiler.checking import (
+    LEDGER_FORM,
+    MANIFEST_FORM,
+    MEASUREMENTS_FORM,
+    RECORDS_FORM,
+    Form,
+    check_form,
+)
 from optcompiler.errors import InputError
-from optcompiler.files import files_under, inside, number, plain, sha256_of, to_json, write_text
-from optcompiler.ledger import Ledger, Row
+from optcompiler.files import files_under, inside, plain, sha256_of, to_json, write_text
+from optcompiler.ledger import Ledger, rows_of
 from optcompiler.program import Port, Program, port, tensor_hash
 from optcompiler.signature import Signature
 from optcompiler.target import Target
 from optcompiler.untrusted import json_of
 
 FORMAT = "optcompiler-artifact"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+RECORDS = "records.json"
 CODE = "code"
+PROGRAM = "program.txt"
 NODE_LINE = re.compile(r"^\s*\[(?P<name>.+?)\] (?=.* = )")
 """A node in a program's text."""
 
@@ -58,7 +71,7 @@ class Contents:
     "kernels" (dicts of name, kind, dtype, nodes, predicted_us, measured_us), "damage",
     "damage_measure", "metric" (teacher, student, drop), "macs" and "size_bytes" (before, after),
     "compile_seconds" (by stage) and "gates" (dicts of name, limit, value, passed); any may be
-    missing or None.
+    missing or None. `lock` is the content of the lock file; None writes none.
     """
 
     program: Program
@@ -70,6 +83,7 @@ class Contents:
     options: dict[str, Any]
     versions: dict[str, str]
     measurements: dict[str, Any]
+    lock: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,7 @@ class Artifact:
 
     directory: Path
     manifest: dict[str, Any]
+    records: dict[str, Any]
     ledger: Ledger
     measurements: dict[str, Any]
     signature: Signature
@@ -88,6 +103,11 @@ class Artifact:
     @property
     def code(self) -> Path:
         return self.directory / CODE
+
+    @property
+    def files(self) -> list[str]:
+        """Every file of the artifact, as a path inside it; the two that hold the hashes last."""
+        return [*self.manifest["files"], *self.records["files"], MANIFEST, RECORDS]
 
     @property
     def backend_info(self) -> Mapping[str, Any]:
@@ -103,23 +123,35 @@ def assemble(code: Path, contents: Contents, directory: Path) -> dict[str, Any]:
 
     directory.mkdir(parents=True, exist_ok=True)
     shutil.move(code, directory / CODE)
+    write_text(directory / PROGRAM, program_text(contents.program))
     manifest = _manifest(contents)
+    written = [f"{CODE}/{name}" for name in files_under(directory / CODE)]
+    manifest["files"] = _hashes(directory, [*written, PROGRAM])
+    manifest["code_hash"] = code_hash(directory / CODE)
+    write_text(directory / MANIFEST, to_json(manifest))
     measurements = plain(contents.measurements)
-    write_text(directory / "program.txt", program_text(contents.program))
-    write_text(directory / "ledger.json", to_json(list(contents.ledger)))
-    write_text(directory / "measurements.json", to_json(measurements))
-    write_text(directory / "summary.txt", render(manifest, contents.ledger, measurements))
-    manifest["files"] = {
+    records = {
+        "ledger.json": to_json(list(contents.ledger)),
+        "measurements.json": to_json(measurements),
+        "summary.txt": render(manifest, contents.ledger, measurements),
+    }
+    if contents.lock is not None:
+        records["lock.json"] = to_json(contents.lock)
+    for name, text in records.items():
+        write_text(directory / name, text)
+    seal = {"files": _hashes(directory, records), "manifest": sha256_of(directory / MANIFEST)}
+    write_text(directory / RECORDS, to_json(seal))
+    return manifest
+
+
+def _hashes(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    return {
         name: {
             "sha256": sha256_of(directory / name),
             "size_bytes": (directory / name).stat().st_size,
         }
-        for name in files_under(directory)
-        if name != MANIFEST
+        for name in names
     }
-    manifest["code_hash"] = _code_hash(manifest["files"])
-    write_text(directory / MANIFEST, to_json(manifest))
-    return manifest
 
 
 def _manifest(contents: Contents) -> dict[str, Any]:
@@ -142,9 +174,9 @@ def _manifest(contents: Contents) -> dict[str, Any]:
     )
 
 
-def _code_hash(files: Mapping[str, Any]) -> str:
-    """One hash over the backend's files: what a rebuild has to reproduce, measurements aside."""
-    lines = [f"{k} {v['sha256']}\n" for k, v in sorted(files.items()) if k.startswith(f"{CODE}/")]
+def code_hash(code: Path) -> str:
+    """One hash over the backend's files in the folder `code`: what a rebuild has to reproduce."""
+    lines = [f"{CODE}/{name} {sha256_of(code / name)}\n" for name in files_under(code)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -186,7 +218,7 @@ def is_artifact(directory: str | Path) -> bool:
 
 
 def open_artifact(directory: str | Path) -> Artifact:
-    """Read an artifact and hash every file that its manifest lists.
+    """Read an artifact and hash every file that its manifest and its records list.
 
     Raises `InputError` when the directory is none of ours or of a newer format, when a listed file
     is missing, altered or outside the directory, and when `code/` holds a file that is not listed.
@@ -195,11 +227,20 @@ def open_artifact(directory: str | Path) -> Artifact:
     manifest = _read_manifest(directory)
     try:
         _check_files(directory, manifest["files"])
+        _check_code(directory, manifest["files"])
+        records = _record(directory, RECORDS, RECORDS_FORM)
+        _check_files(directory, records["files"])
+        if records["manifest"] != sha256_of(directory / MANIFEST):
+            raise InputError(
+                f"{directory}: {RECORDS} belongs to another {MANIFEST}; compile or copy the "
+                f"artifact again."
+            )
         interface = manifest["interface"]
         return Artifact(
             directory=directory,
             manifest=manifest,
-            ledger=_ledger(_record(directory, "ledger.json", LEDGER_FORM)),
+            records=records,
+            ledger=Ledger(rows_of(_record(directory, "ledger.json", LEDGER_FORM))),
             measurements=_record(directory, "measurements.json", MEASUREMENTS_FORM),
             signature=Signature.from_json(manifest["signature"]),
             target=Target.parse(manifest["target"]),
@@ -243,8 +284,11 @@ def _check_files(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> Non
         if path.stat().st_size != entry["size_bytes"] or sha256_of(path) != entry["sha256"]:
             raise InputError(
                 f"{directory}: {name} is not the file that was compiled (its SHA-256 differs from "
-                f"the manifest's); compile or copy the artifact again."
+                f"what is recorded); compile or copy the artifact again."
             )
+
+
+def _check_code(directory: Path, files: Mapping[str, Any]) -> None:
     for name in files_under(directory / CODE):
         if f"{CODE}/{name}" not in files:
             raise InputError(
@@ -263,10 +307,3 @@ def _record(directory: Path, name: str, form: Form) -> Any:
     value = json_of(directory / name, label, MOST_TEXT_BYTES)
     check_form(value, form, label)
     return value
-
-
-def _ledger(rows: list[dict[str, Any]]) -> Ledger:
-    for row in rows:
-        row |= {k: number(row[k]) for k in ("saving_us", "damage")}
-        row["nodes"] = tuple(row["nodes"])
-    return Ledger([Row(**row) for row in rows])

@@ -13,6 +13,7 @@ from optcompiler.errors import UnsupportedOperatorError
 if TYPE_CHECKING:
     import numpy as np
 
+    from optcompiler.choices import Choices
     from optcompiler.cost import DeviceProfile
     from optcompiler.program import Program
     from optcompiler.target import Target
@@ -141,16 +142,25 @@ class Backend(ABC):
         """The kernels that `program` becomes, in execution order."""
 
     @abstractmethod
-    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+    def lower(
+        self, program: Program, target: Target, directory: Path, choices: Choices | None = None
+    ) -> Mapping[str, Any]:
         """Write code and weights into `directory` (exists, empty); return JSON for the manifest.
 
-        Raises `UnsupportedOperatorError` naming operator and node, or `ToolchainError`. The bytes
-        written depend on the program, the target and the versions of the tools alone.
+        What the backend measures to decide (which of two variants of a kernel is quicker here) it
+        asks of `choices`, under keys that begin with its name and say what is decided on; None
+        means that nothing is to be timed. Raises `UnsupportedOperatorError` naming operator and
+        node, or `ToolchainError`. The bytes written depend on the program, the target, the choices
+        and the versions of the tools alone.
         """
 
     @abstractmethod
     def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
         """Open what `lower` wrote; `info` is what it returned. Needs no torch and no compiler."""
+
+    def spelled_out(self, target: Target) -> Target:
+        """The target with every option stated that would else depend on this machine."""
+        return target
 
     def runs_here(self, target: Target) -> bool:
         """Whether `load` can run the artifact on this machine; if not, it is only written."""

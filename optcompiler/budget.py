@@ -57,6 +57,31 @@ class Budget:
         """How much worse `student` scores, positive when worse."""
         return teacher - student if self.larger_is_better else student - teacher
 
+    def refuse_clocks(self) -> None:
+        """Raises `InputError` for a limit that needs a clock."""
+        for name in ("max_latency_ms", "search_minutes"):
+            if getattr(self, name) is not None:
+                raise InputError(
+                    f"budget: {name}={getattr(self, name)} needs a clock, and nothing is to be "
+                    f"timed; leave it out, or compile with timing."
+                )
+
+    def gates(
+        self, damage: float | None, drop: float | None, measured_us: float | None, size: int
+    ) -> list[dict[str, Any]]:
+        """Name, limit, value and whether it passed, of each limit whose value is known."""
+        values = [
+            ("metric drop", self.max_drop, drop),
+            ("damage", self.max_damage, damage),
+            ("latency in ms", self.max_latency_ms, measured_us and measured_us / 1000),
+            ("size in MB", self.max_size_mb, size / 1e6),
+        ]
+        return [
+            {"name": name, "limit": limit, "value": value, "passed": value <= limit}
+            for name, limit, value in values
+            if limit is not None and value is not None and math.isfinite(limit)
+        ]
+
     def describe(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         limits = {

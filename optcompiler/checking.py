@@ -35,6 +35,14 @@ MANIFEST_FORM: Form = {
     "files": {"*": _FILE},
 }  # fmt: skip
 
+RECORDS_FORM: Form = {"files": {"*": _FILE}, "manifest": str}
+
+LOCK_FORM: Form = {
+    "made_from": {"model": str, "data": str, "target": str, "options": {"timing": bool}},
+    "versions": {"*": str}, "arithmetic": {"threads": int, "instructions": str}, "profile": {},
+    "measured": {}, "gives": {"program": str, "code": str},
+}  # fmt: skip
+
 _PAIR = {"before?": NUMBER, "after?": NUMBER}
 MEASUREMENTS_FORM: Form = {
     "predicted_us?": NUMBER, "measured_us?": NUMBER, "baseline_us?": NUMBER,

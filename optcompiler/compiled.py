@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from optcompiler import scratch
-from optcompiler.artifact import CODE, MANIFEST, Artifact, is_artifact, open_artifact
+from optcompiler.artifact import CODE, Artifact, is_artifact, open_artifact
 from optcompiler.errors import InputError
 from optcompiler.files import inside, replacing_directory, write_text
 from optcompiler.signature import is_torch
@@ -185,7 +185,7 @@ class Compiled:
 
     def _copy_to(self, fresh: Path) -> None:
         (fresh / CODE).mkdir()
-        for name in (*self.manifest["files"], MANIFEST):
+        for name in self._artifact.files:
             copy = fresh / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inside(self.directory, name), copy)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,12 +15,23 @@ from optcompiler.backend import require_determined, require_tensors
 from optcompiler.batching import Batched
 from optcompiler.binding import resolved
 from optcompiler.budget import Budget
+from optcompiler.choices import Choices, Consulted
 from optcompiler.compiled import Compiled
 from optcompiler.contract import EXACT, protected, protected_batch
+from optcompiler.cost import DeviceProfile, nominal_profile
 from optcompiler.errors import GateError, InputError, OptcompilerError, PassFault
 from optcompiler.executor import to_torch
+from optcompiler.files import number
 from optcompiler.finish import Built
 from optcompiler.ledger import REVERTED
+from optcompiler.lock import (
+    Lock,
+    arithmetic,
+    arithmetic_threads,
+    data_hash,
+    read_lock,
+    versions_of,
+)
 from optcompiler.planner import Planner, Probe
 from optcompiler.plugins import Registry
 from optcompiler.program import Program
@@ -66,6 +75,8 @@ def compile(
     on_fault: str = "continue",
     time_limit_s: float | None = None,
     reproducers: str | Path | None = None,
+    timing: bool = True,
+    locked: str | Path | None = None,
 ) -> Compiled:
     """Compile `model` for `target` inside `budget`.
 
@@ -80,19 +91,26 @@ def compile(
     `QuarantineWarning` ("continue"), or stops with a `PluginError` ("stop"). `time_limit_s`: what
     proposing, and each rewrite, may take per thousand nodes, in place of what the passes declare.
     `reproducers`: where such faults are written, by default in the user's cache.
+    `timing`: False times nothing: prices come from the backend's nominal profile, nothing is undone
+    for being slower, and the artifact depends on the inputs, the options and the versions alone.
+    `locked`: an artifact, or its lock file: measures nothing and makes that artifact once more.
 
     Raises `InputError`, `UnsupportedOperatorError`, `ToolchainError` or `PluginError` for what
-    cannot be compiled, and `GateError` when the budget cannot be met; the error's `compiled` then
-    holds the best artifact found.
+    cannot be compiled or does not fit the lock, and `GateError` when the budget cannot be met (the
+    error's `compiled` then holds the best artifact found) or when what was locked came out
+    otherwise.
     """
-    job = Job.prepare(
-        model, example_inputs, target=target, precision=precision, calibration=calibration,
-        budget=budget or Budget(), passes=passes, dynamic=dynamic, damage=damage,
-        cost_model=cost_model, seed=seed, registry=registry or Registry(),
-        progress=progress or Silent(), on_fault=on_fault, time_limit_s=time_limit_s,
-        reproducers=reproducers,
-    )  # fmt: skip
-    return job.run()
+    lock = read_lock(locked) if locked is not None else None
+    threads = arithmetic()["threads"] if timing else 1
+    with arithmetic_threads(lock.threads if lock else threads):
+        job = Job.prepare(
+            model, example_inputs, target=target, precision=precision, calibration=calibration,
+            budget=budget or Budget(), passes=passes, dynamic=dynamic, damage=damage,
+            cost_model=cost_model, seed=seed, registry=registry or Registry(),
+            progress=progress or Silent(), on_fault=on_fault, time_limit_s=time_limit_s,
+            reproducers=reproducers, timing=timing, lock=lock,
+        )  # fmt: skip
+        return job.run()
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,9 @@ class Job:
     registry: Registry
     batches: list[Batch]
     seal: Seal
+    lock: Lock | None
+    made_from: dict[str, Any]
+    versions: dict[str, str]
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     _clock: float = field(default_factory=time.perf_counter)
 
@@ -126,7 +147,8 @@ class Job:
         cls, model: Any, example_inputs: Any, *, target: str | Target, precision: str,
         calibration: Any, budget: Budget, passes: Any, dynamic: Any, damage: str, cost_model: str,
         seed: int, registry: Registry, progress: Progress, on_fault: str,
-        time_limit_s: float | None, reproducers: str | Path | None,
+        time_limit_s: float | None, reproducers: str | Path | None, timing: bool = True,
+        lock: Lock | None = None,
     ) -> Job:  # fmt: skip
         from optcompiler.bounds import refuse_what_cannot_run
         from optcompiler.calibration import load_calibration, split_holdout
@@ -136,7 +158,12 @@ class Job:
         if on_fault not in ("continue", "stop"):
             raise InputError(f'on_fault is {on_fault!r}; it is "continue" or "stop".')
         target = Target.parse(target)
+        if lock is not None:
+            target = target.completed(lock.target)
+        elif not timing:
+            budget.refuse_clocks()
         backend = registry.backend(target.backend)
+        target = backend.spelled_out(target)
         capabilities = backend.capabilities(target)
         precisions = allowed_precisions(precision, capabilities, target)
         chosen = pipeline.resolve(passes, registry)
@@ -159,14 +186,41 @@ class Job:
         if precision == "fp32":
             chosen = [p for p in chosen if p.stage is not Stage.QUANTIZE]
         tune, holdout = split_holdout(batches)
-        imported_at = time.perf_counter()
-        profile = device.profile_for(backend, target, progress=progress)
         check = batches[0] if batches else protected_batch(_example(imported, example_inputs))
+        options: dict[str, Any] = {
+            "target": str(target), "precision": precision, "budget": budget.describe(),
+            "damage": damage, "seed": seed, "cost_model": cost_model,
+            "calibration_samples": sum(_samples(b) for b in batches),
+            "timing": lock.made_from["options"]["timing"] if lock else timing,
+            "passes": [
+                {"name": p.name, "options": pipeline.options_of(p, owners[p.name]),
+                 "owner": owners[p.name]}
+                for p in chosen
+            ],
+        }  # fmt: skip
+        made_from = {
+            "model": teacher.content_hash(), "data": data_hash(batches or [check]),
+            "target": str(target),
+            "options": {k: v for k, v in options.items() if k != "target"},
+        }  # fmt: skip
+        versions = versions_of(backend)
+        if lock is not None:
+            lock.require(made_from, versions)
+        choices = Choices(lock.measured if lock else None, timed=options["timing"])
+        imported_at = time.perf_counter()
+        if lock is not None:
+            profile = DeviceProfile.from_json(dict(lock.profile))
+        elif timing:
+            profile = device.profile_for(backend, target, progress=progress)
+        else:
+            known = backend.nominal_profile(target)
+            profile = known or nominal_profile(target.backend, target.threads)
+        profile = replace(profile, measured=Consulted(profile.measured))
         context = PassContext(
             target=target, capabilities=capabilities, precisions=precisions,
             teacher=teacher.clone(), calibration=tune, holdout=holdout, ops=registry.ops,
             seed=seed, progress=progress, kernels=lambda p: backend.kernels(p, target),
-            price_us=lambda p: float("nan"), observers=registry.observers,
+            price_us=lambda p: float("nan"), observers=registry.observers, choices=choices,
         )  # fmt: skip
         session = Session(
             teacher, backend, target, pricing, profile, context, check, on_fault=on_fault,
@@ -174,18 +228,13 @@ class Job:
             reproducers=Path(reproducers or cache.location() / "reproducers"),
         )  # fmt: skip
         session.context = replace(context, price_us=session.price_us)
-        options = {
-            "target": str(target), "precision": precision, "budget": budget.describe(),
-            "damage": damage, "seed": seed, "cost_model": cost_model,
-            "calibration_samples": sum(_samples(b) for b in batches),
-            "passes": [
-                {"name": p.name, "options": pipeline.options_of(p, owners[p.name]),
-                 "owner": owners[p.name]}
-                for p in chosen
-            ],
-        }  # fmt: skip
+        gone = {f.pass_name for f in session.quarantined_before()}
+        chosen = [p for p in chosen if p.name not in gone]
         seal = Seal([*batches, *tune, *holdout, check], teacher)
-        job = cls(session, signature, chosen, budget, damage, options, registry, batches, seal)
+        job = cls(
+            session, signature, chosen, budget, damage, options, registry, batches, seal, lock,
+            made_from, versions,
+        )  # fmt: skip
         job.seconds["import"] = imported_at - start
         job.seconds["device profile"] = time.perf_counter() - imported_at
         job._clock = time.perf_counter()
@@ -321,7 +370,7 @@ class Job:
         """Build what the artifact is compared with: the program as imported and, when it is lossy,
         the exact one. Returns the former, or the latter where the backend cannot run the former."""
         session = self.session
-        if not builds[0].runner.timed:
+        if not finish.timed(session, builds[0]):
             return None
         before = finish.try_build(session, session.teacher, "as imported")
         if before is not None:
@@ -379,24 +428,31 @@ class Job:
     def _finish(
         self, final: Built, before: Built | None, planner: Planner | None, probe: Probe | None
     ) -> Compiled:
-        session, budget = self.session, self.budget
+        session, budget, choices = self.session, self.budget, self.session.choices
+        profile = session.profile
         times = finish.learn_kernels(session, final)
-        if times:
+        if session.profile is not profile:
             device.remember(session.backend, session.target, session.profile)
         signature = self.signature.with_ports(final.program)
-        damage = self._artifact_damage(final)
+        damage = number(choices.keep("damage of the code", lambda: self._artifact_damage(final)))
         metric = None
         if budget.metric is not None:
-            teacher = planner.teacher_score if planner else self._score(session.teacher)
-            student = self._metric(
-                lambda inputs: final.runner.run(finish.contiguous(inputs)), signature
+            teacher = planner.teacher_score if planner else None
+            if teacher is None:
+                teacher = choices.number("metric", lambda: self._score(session.teacher))
+            student = choices.number(
+                "metric of the code",
+                lambda: self._metric(
+                    lambda inputs: final.runner.run(finish.contiguous(inputs)), signature
+                ),
             )
-            assert teacher is not None
-            drop = budget.drop(teacher, student)
-            metric = {"teacher": teacher, "student": student, "drop": drop}
+            metric = {
+                "teacher": teacher, "student": student, "drop": budget.drop(teacher, student),
+            }  # fmt: skip
         size = final.size_bytes
         imported = session.bound(session.teacher)
-        gates = _gates(budget, damage, metric, final.measured_us, size)
+        drop = metric["drop"] if metric else None
+        gates = budget.gates(damage, drop, final.measured_us, size)
         measurements: dict[str, Any] = {
             "predicted_us": final.predicted_us,
             "measured_us": final.measured_us,
@@ -411,20 +467,23 @@ class Job:
             ],
             "damage": damage,
             "damage_measure": self.damage,
-            "ran_here": session.backend.runs_here(session.target),
+            "ran_here": choices.keep("ran", lambda: session.backend.runs_here(session.target)),
+            "machine": profile.name,
             "metric": metric,
             "macs": {"before": self._macs(imported), "after": self._macs(final.program)},
             "size_bytes": {
                 "before": before.size_bytes if before else imported.weight_bytes, "after": size
             },
-            "compile_seconds": dict(self.seconds),
+            "compile_seconds": choices.choose("seconds", lambda: dict(self.seconds), {}),
             "gates": gates,
         }  # fmt: skip
+        session.keep_quarantined()
+        lock = self._locked(final, profile)
         contents = artifact.Contents(
             program=final.program, teacher_hash=session.teacher.content_hash(),
             target=session.target, backend_info=final.info, signature=signature,
-            ledger=session.ledger, options=self._options(), versions=self._versions(),
-            measurements=measurements,
+            ledger=session.ledger, options=self._options(), versions=self.versions,
+            measurements=measurements, lock=lock.to_json(),
         )  # fmt: skip
         final.runner.close()
         backend = self.registry.backend(session.target.backend)
@@ -471,22 +530,21 @@ class Job:
             total += spec.cost(node).macs if spec else 0
         return total
 
-    def _versions(self) -> dict[str, str]:
-        found = {"python": platform.python_version()}
-        for name in (
-            "optcompiler",
-            "torch",
-            "onnx",
-            "onnx-ir",
-            "onnxscript",
-            "onnxruntime",
-            "numpy",
-        ):
-            try:
-                found[name] = version(name)
-            except PackageNotFoundError:
-                continue
-        return found | dict(self.session.backend.versions())
+    def _locked(self, final: Built, profile: DeviceProfile) -> Lock:
+        """The lock that this compile goes by, or writes."""
+        gives = {
+            "program": final.program.content_hash(), "code": artifact.code_hash(final.code),
+        }  # fmt: skip
+        if self.lock is not None:
+            self.lock.require_same(gives)
+            return self.lock
+        consulted = profile.measured
+        assert isinstance(consulted, Consulted)
+        return Lock(
+            made_from=self.made_from, versions=self.versions, arithmetic=arithmetic(),
+            profile=replace(profile, measured=consulted.seen()).to_json(),
+            measured=self.session.choices.values(), gives=gives,
+        )  # fmt: skip
 
 
 def session_for(
@@ -524,23 +582,6 @@ def allowed_precisions(
         has = ", ".join(sorted(capabilities.precisions))
         raise InputError(f"target {target} has no precision {precision!r}; it has {has}.")
     return frozenset({"fp32", precision})
-
-
-def _gates(
-    budget: Budget, damage: float | None, metric: Mapping[str, float] | None,
-    measured_us: float | None, size: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    values = [
-        ("metric drop", budget.max_drop, metric["drop"] if metric else None),
-        ("damage", budget.max_damage, damage),
-        ("latency in ms", budget.max_latency_ms, measured_us and measured_us / 1000),
-        ("size in MB", budget.max_size_mb, size / 1e6),
-    ]
-    return [
-        {"name": name, "limit": limit, "value": value, "passed": value <= limit}
-        for name, limit, value in values
-        if limit is not None and value is not None and np.isfinite(limit)
-    ]
 
 
 def _example(imported: Imported, example_inputs: Any) -> Batch:

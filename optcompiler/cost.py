@@ -98,6 +98,30 @@ class DeviceProfile:
         )
 
 
+def nominal_profile(backend: str, threads: int) -> DeviceProfile:
+    """A device that nobody measured, for compiles that time nothing: the round numbers of one core
+    of a server of 2023, times `threads` where work is divided. It ranks kernels; its microseconds
+    are nobody's."""
+    floats: Curve = ((1e4, 1e10 * threads), (1e6, 3e10 * threads), (1e8, 5e10 * threads))
+    integers: Curve = ((1e4, 1e10 * threads), (1e6, 8e10 * threads), (1e8, 16e10 * threads))
+    taps: Curve = ((1e5, 1e10 * threads),)
+    return DeviceProfile(
+        name="nominal",
+        backend=backend,
+        threads=threads,
+        mac_rate={
+            "gemm/fp32": floats, "conv/fp32": floats, "depthwise/fp32": taps,
+            "gemm/int8": integers, "conv/int8": integers,
+            "depthwise/int8": tuple((size, 2 * rate) for size, rate in taps),
+        },
+        flop_rate={"pointwise/fp32": ((1e5, 1e10 * threads),)},
+        bandwidth=((1e4, 5e10), (1e6, 5e10), (1e8, 1e10)),
+        launch_us=0.5,
+        overhead_us=5.0,
+        estimated=True,
+    )  # fmt: skip
+
+
 def rate_curve(rates: Mapping[str, Curve], kind: str, dtype: str) -> Curve:
     """The curve of "kind/dtype"; one never measured takes the same kind in fp32, then "gemm" or
     "pointwise" in its own type, then any curve at all."""

@@ -101,6 +101,7 @@ def machine_name() -> str:
 
 def _facts(backend: Backend, target: Target) -> dict[str, Any]:
     """What can change the outcome of measuring."""
+    target = backend.spelled_out(target)
     flags = ""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

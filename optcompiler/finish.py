@@ -83,7 +83,7 @@ def build(session: Session, program: Program, label: str, *, check: bool = True)
     code = scratch.new()
     program = session.bound(program)
     try:
-        info = session.backend.lower(program, session.target, code)
+        info = session.backend.lower(program, session.target, code, session.choices)
         if session.backend.runs_here(session.target):
             runner = session.backend.load(code, info, threads=session.target.threads)
         else:
@@ -161,13 +161,23 @@ def sample_of(session: Session) -> dict[str, np.ndarray]:
     return fit(session.check, session.teacher.inputs, session.target.sizes)
 
 
+def timed(session: Session, built: Built) -> bool:
+    """Whether the time of a run says something about the target."""
+    return session.choices.choose("timed", lambda: built.runner.timed, False)
+
+
 def measure(session: Session, built: Sequence[Built]) -> None:
     """Time all in turn and store the medians; nothing where time says nothing (an interpreter)."""
-    if not built or not all(b.runner.timed for b in built):
-        return
     inputs = sample_of(session)
-    times = interleaved_us([lambda b=b: b.runner.run(inputs) for b in built])
-    for b, microseconds in zip(built, times, strict=True):
+
+    def times() -> list[float] | None:
+        if not all(b.runner.timed for b in built):
+            return None
+        return interleaved_us([lambda b=b: b.runner.run(inputs) for b in built])
+
+    key = session.choices.numbered(f"microseconds: {', '.join(b.label for b in built)}")
+    found = session.choices.choose(key, times, None)
+    for b, microseconds in zip(built, found or [], strict=bool(found)):
         b.measured_us = microseconds
 
 
@@ -177,6 +187,10 @@ def learn_kernels(session: Session, built: Built) -> dict[str, float]:
     Profiling costs time of its own: the times are scaled to add up to what a run takes, and enter
     the session's profile when that scale is near one, since else they say little.
     """
+    return session.choices.choose("microseconds: kernels", lambda: _profiled(session, built), {})
+
+
+def _profiled(session: Session, built: Built) -> dict[str, float]:
     if not built.runner.timed or built.measured_us is None:
         return {}
     times = built.runner.kernel_times_us(sample_of(session))

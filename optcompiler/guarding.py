@@ -18,11 +18,12 @@ from optcompiler.errors import OptcompilerError, PluginError
 from optcompiler.files import files_under
 from optcompiler.foreign import contained
 from optcompiler.ops.spec import Channels, OpSpec, Work
+from optcompiler.target import Target
 
 if TYPE_CHECKING:
+    from optcompiler.choices import Choices
     from optcompiler.observers import Observer
     from optcompiler.program import Program
-    from optcompiler.target import Target
 
 T = TypeVar("T")
 
@@ -73,8 +74,10 @@ class GuardedBackend(Backend):
                 raise self._owned.refuse("kernels", item, "a Kernel with counts that are 0 or more")
         return found
 
-    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
-        info: Any = self._asked("lower", Mapping, program.clone(), target, directory)
+    def lower(
+        self, program: Program, target: Target, directory: Path, choices: Choices | None = None
+    ) -> Mapping[str, Any]:
+        info: Any = self._asked("lower", Mapping, program.clone(), target, directory, choices)
         if not directory.is_dir():
             raise self._owned.refuse("lower", directory, "left where it was")
         for name in files_under(directory):
@@ -89,6 +92,9 @@ class GuardedBackend(Backend):
         if not isinstance(runner, Runner):
             raise self._owned.refuse("load", runner, "a Runner")
         return _GuardedRunner(runner, self._owned)
+
+    def spelled_out(self, target: Target) -> Target:
+        return self._asked("spelled_out", Target, target)
 
     def runs_here(self, target: Target) -> bool:
         return self._asked("runs_here", bool, target)

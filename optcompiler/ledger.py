@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from optcompiler.files import number
 
 TAKEN = "taken"
 DECLINED = "declined"
@@ -45,6 +47,16 @@ class Row:
     @property
     def key(self) -> tuple[str, str, str]:
         return (self.pass_name, self.site, self.choice)
+
+
+def rows_of(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows read back from JSON. Raises `KeyError`, `TypeError`, `ValueError` for anything else."""
+    rows: list[Row] = []
+    for entry in entries:
+        known: dict[str, Any] = {**entry, "nodes": tuple(entry["nodes"])}
+        known |= {k: number(entry[k]) for k in ("saving_us", "damage")}
+        rows.append(Row(**known))
+    return rows
 
 
 class Ledger:

@@ -98,7 +98,7 @@ class Planner:
         self.score = score
         self.lossy = [p for p in passes if p.stage in (Stage.REDUCE, Stage.QUANTIZE)]
         self.tuners = [p for p in passes if p.stage is Stage.TUNE]
-        self.teacher_score = score(session.teacher) if score else None
+        self.teacher_score = self._scored(session.teacher) if score else None
         minutes = budget.search_minutes
         self._deadline = time.monotonic() + 60 * minutes if minutes is not None else None
 
@@ -109,6 +109,7 @@ class Planner:
         """
         session = self.session
         offers = self._offers(base)
+        self._place = {o.key: i for i, o in enumerate(offers)}
         useful = sorted((o for o in offers if o.saving_us > 0), key=lambda o: (o.rank, o.key))
         best = self._empty(base)
         if useful:
@@ -224,12 +225,30 @@ class Planner:
             if self._ceiling <= low:
                 break
             high = (low + self._ceiling + 1) // 2
-            if self._deadline is not None and time.monotonic() > self._deadline:
+            if self._time_is_over():
                 self.session.progress.note("search time is over; taking the best plan so far")
                 break
         return best
 
     _ceiling: int
+    _place: dict[Key, int]
+    """Where each offer stands among all that were proposed. A plan is applied in this order: the
+    same plan is then the same program, whatever the prices by which it was found."""
+
+    def _time_is_over(self) -> bool:
+        deadline = self._deadline
+        if deadline is None:
+            return False
+        key = self.session.choices.numbered("search time is over")
+        return self.session.choices.choose(key, lambda: time.monotonic() > deadline, False)
+
+    def _scored(self, program: Program) -> float:
+        assert self.score is not None
+        score = self.score
+        return self.session.choices.number("metric", lambda: score(program))
+
+    def _damaged(self, program: Program) -> float:
+        return self.session.choices.number("damage", lambda: self.judge.damage(program))
 
     def _needed(self, base: Program, order: Sequence[Offer]) -> int:
         """How many offers the latency goal asks for: all without one."""
@@ -244,14 +263,14 @@ class Planner:
         return len(order)
 
     def _empty(self, base: Program) -> Probe:
-        score = self.score(base) if self.score else None
-        return Probe((), base, self.judge.damage(base), score, True, "", {})
+        score = self._scored(base) if self.score else None
+        return Probe((), base, self._damaged(base), score, True, "", {})
 
     def _probe(self, base: Program, prefix: Sequence[Offer]) -> Probe:
-        chosen = _deepest(prefix)
+        chosen = sorted(_deepest(prefix), key=lambda o: self._place[o.key])
         program, refused, steps = self._realise(base, chosen)
         try:
-            damage = self.judge.damage(program)
+            damage = self._damaged(program)
         except Exception as error:
             why = f"together they cannot be run: {type(error).__name__}: {error}"
             self.session.progress.note(f"{len(chosen)} lossy candidates: {why}")
@@ -340,7 +359,7 @@ class Planner:
             return False, f"damage {damage:.3g} is over {limit:.3g}", None
         if self.score is None or self.teacher_score is None:
             return True, "", None
-        score = self.score(program)
+        score = self._scored(program)
         drop = self.budget.drop(self.teacher_score, score)
         if self.budget.max_drop is not None and drop > self.budget.max_drop:
             return False, f"the metric drops by {drop:.3g}, over {self.budget.max_drop:.3g}", score
@@ -356,5 +375,5 @@ def _kept(tuned: Sequence[Tuned]) -> list[Step]:
 
 
 def _deepest(prefix: Sequence[Offer]) -> list[Offer]:
-    """The last offer of each site, in the order in which the passes proposed them."""
+    """The last offer of each site."""
     return list({o.site: o for o in prefix}.values())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from optcompiler.choices import Choices
 from optcompiler.errors import INVALID, Declined, InputError, PassFault, PluginError
 from optcompiler.foreign import contained, told
 from optcompiler.program import Program
@@ -117,7 +118,7 @@ class PassContext:
     kept apart for judging; it is empty when there is too little data. `precisions` are those the
     user allows *and* the target has. `price_us` predicts the latency of a program on the target;
     `kernels` says which kernels it becomes. `observers` are the calibration observers of all
-    plugins by name.
+    plugins by name. `choices` keeps what a pass measures, so that a locked compile repeats it.
     """
 
     target: Target
@@ -132,6 +133,7 @@ class PassContext:
     kernels: Callable[[Program], Sequence[Kernel]]
     price_us: Callable[[Program], float]
     observers: Mapping[str, type[Observer]] = field(default_factory=dict)
+    choices: Choices = field(default_factory=Choices)
 
 
 class Pass(ABC):

@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from optcompiler import scratch
 from optcompiler.backend import Backend, Kernel
 from optcompiler.binding import bind
+from optcompiler.choices import Choices
 from optcompiler.contract import blaming, patch_of, proposals
 from optcompiler.cost import CostModel, DeviceProfile
 from optcompiler.damage import (
@@ -25,12 +27,14 @@ from optcompiler.damage import (
 from optcompiler.errors import (
     INVALID,
     NUMBERS,
+    OVERTIME,
     Declined,
     PassFault,
     PluginError,
     QuarantineWarning,
     UnsupportedOperatorError,
 )
+from optcompiler.files import plain
 from optcompiler.ledger import (
     DECLINED,
     FAULTY,
@@ -39,6 +43,7 @@ from optcompiler.ledger import (
     TAKEN,
     Ledger,
     Row,
+    rows_of,
 )
 from optcompiler.program import Program
 from optcompiler.rewriting import (
@@ -136,6 +141,10 @@ class Session:
     def progress(self) -> Progress:
         return self.context.progress
 
+    @property
+    def choices(self) -> Choices:
+        return self.context.choices
+
     def bound(self, program: Program) -> Program:
         """The program with the target's sizes, as the backend sees it."""
         return bind(program, self.target.sizes)
@@ -216,7 +225,7 @@ class Session:
                 self.progress.note(f"checked by {self.target} alone: {error}")
                 self.simulated = False
         with scratch.directory() as code:
-            info = self.backend.lower(self.bound(program), self.target, code)
+            info = self.backend.lower(self.bound(program), self.target, code, self.choices)
             runner = self.backend.load(code, info, threads=self.target.threads)
             try:
                 return as_tensors(runner.run(batch))
@@ -227,7 +236,7 @@ class Session:
         """A session like this one whose teacher is `program`, with nothing recorded yet."""
         context = replace(
             self.context, teacher=program, calibration=[batch] if self.context.calibration else [],
-            holdout=[batch] if self.context.holdout else [],
+            holdout=[batch] if self.context.holdout else [], choices=Choices(),
         )  # fmt: skip
         return Session(
             program, self.backend, self.target, self.cost_model, self.profile, context, batch,
@@ -241,7 +250,9 @@ class Session:
         return pass_.time_limit_s if self.time_limit_s is None else self.time_limit_s
 
     def seconds(self, pass_: Pass, program: Program) -> float:
-        """How long proposing, or one rewrite, may take on this program."""
+        """How long proposing, or one rewrite, may take on this program; for ever under a lock."""
+        if self.choices.locked:
+            return math.inf
         return self.limit_s(pass_) * max(1, math.ceil(len(program.graph) / 1000))
 
     def proposed(self, pass_: Pass, program: Program) -> list[Candidate | Decline]:
@@ -284,13 +295,44 @@ class Session:
             from optcompiler.reproducer import write_reproducer
 
             found = write_reproducer(self, pass_, found, program, self.reproducers)
-        if self.on_fault == "stop":
+        if self.on_fault == "stop" or (found.kind == OVERTIME and not self.choices.timed):
             raise PluginError(f"stopped at {found}") from fault
         warnings.warn(QuarantineWarning(found), stacklevel=2)
         self.faults.append(found)
         rows = [r for r in self.ledger if r.outcome in FAULTY] + self._blame(found, fault)
         self.ledger, self.history = Ledger(rows), []
+        self.choices.begin_again()
         return found
+
+    def quarantined_before(self) -> list[Fault]:
+        """The faults of the compile that wrote the lock, their rows added to the ledger: no pass
+        need break its contract again. Without a lock none, so far.
+
+        Raises `PluginError` when faults stop the compile.
+        """
+        kept = self.choices.get(QUARANTINED) or {"faults": [], "rows": []}
+        for entry in kept["faults"]:
+            place = Path(entry["reproducer"]) if entry["reproducer"] else None
+            known: dict[str, Any] = {**entry, "nodes": tuple(entry["nodes"]), "reproducer": place}
+            fault = Fault(**known)
+            if self.on_fault == "stop":
+                raise PluginError(f"stopped at {fault}")
+            warnings.warn(QuarantineWarning(fault), stacklevel=2)
+            self.faults.append(fault)
+        for row in rows_of(kept["rows"]):
+            self.ledger.add(row)
+        return self.faults
+
+    def keep_quarantined(self) -> None:
+        """Let the lock say which passes were left out, and why."""
+        if not self.faults:
+            return
+        rows = [r for r in self.ledger if r.outcome in FAULTY]
+        faults = [
+            {**plain(f), "reproducer": f.reproducer and f.reproducer.name, "unwritten": ""}
+            for f in self.faults
+        ]
+        self.choices.keep(QUARANTINED, lambda: {"faults": faults, "rows": rows})
 
     def _blame(self, found: Fault, fault: PassFault) -> list[Row]:
         """A row for each candidate that the quarantined pass had proposed."""
@@ -393,7 +435,9 @@ class Session:
         """The damage that a patch does. Raises `PassFault` when what it made cannot be run."""
         with blaming(pass_, patch.before, candidate):
             try:
-                return judge.damage(patch.after)
+                return self.choices.number(
+                    f"damage: {patch.label}", lambda: judge.damage(patch.after)
+                )
             except Exception as error:
                 raise _cannot_run(patch, error) from error
 

@@ -18,12 +18,13 @@ class Target:
     and values the backend checks.
     """
 
-    __slots__ = ("backend", "options", "sizes", "threads")
+    __slots__ = ("_threads_given", "backend", "options", "sizes", "threads")
 
     backend: str
     threads: int
     sizes: Mapping[str, int]
     options: Mapping[str, str]
+    _threads_given: bool
 
     def __init__(
         self,
@@ -33,6 +34,7 @@ class Target:
         sizes: Mapping[str, int] | None = None,
         **options: Any,
     ) -> None:
+        object.__setattr__(self, "_threads_given", threads is not None)
         if threads is None:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         if threads < 1:
@@ -68,6 +70,12 @@ class Target:
         if threads is not None and not threads.isdigit():
             raise InputError(f"target {text!r}: threads={threads!r} is not a whole number.")
         return cls(backend, threads=int(threads) if threads else None, sizes=sizes, **options)
+
+    def completed(self, like: Target) -> Target:
+        """This target with the threads and options of `like` where none were given."""
+        threads = self.threads if self._threads_given else like.threads
+        options = {**like.options, **self.options} if self.backend == like.backend else self.options
+        return Target(self.backend, threads=threads, sizes=self.sizes, **options)
 
     def __str__(self) -> str:
         items = [f"threads={self.threads}"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
+from optcompiler.choices import Choices
 from optcompiler.cost import CostModel, DeviceProfile
 from optcompiler.errors import UnsupportedOperatorError
 from optcompiler.program import Program
@@ -96,7 +97,9 @@ class PaperBackend(Backend):
                 raise UnsupportedOperatorError(f"no {node.op_type}")
         return [Kernel(str(n.name), n.op_type, "fp32", (str(n.name),)) for n in program.graph]
 
-    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+    def lower(
+        self, program: Program, target: Target, directory: Path, choices: Choices | None = None
+    ) -> Mapping[str, Any]:
         raise AssertionError("nothing is lowered on paper")
 
     def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:

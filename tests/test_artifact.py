@@ -12,6 +12,7 @@ import pytest
 
 from optcompiler.artifact import is_artifact, open_artifact, program_text
 from optcompiler.errors import InputError
+from optcompiler.files import sha256_of
 from optcompiler.ledger import Ledger, Row
 from optcompiler.program import Program
 from tests.support import MLP, ROWS, make_artifact
@@ -37,9 +38,8 @@ def test_what_it_says_is_read_back(tmp_path: Path):
     assert opened.measurements["measured_us"] == 10.5
     assert opened.backend_info == {}
     assert opened.manifest["program_hash"] == program.content_hash()
-    assert set(opened.manifest["files"]) == {
-        "code/model.onnx", "ledger.json", "measurements.json", "program.txt", "summary.txt",
-    }  # fmt: skip
+    assert set(opened.manifest["files"]) == {"code/model.onnx", "program.txt"}
+    assert set(opened.records["files"]) == {"ledger.json", "measurements.json", "summary.txt"}
     assert is_artifact(tmp_path / "net")
     assert not is_artifact(tmp_path)
 
@@ -49,6 +49,13 @@ def test_the_same_twice_and_nothing_of_the_place_or_time(tmp_path: Path):
     two = contents_of(make_artifact(tmp_path / "elsewhere" / "two"))
     assert one == two
     assert not any(str(tmp_path).encode() in content for content in one.values())
+
+
+def test_what_was_measured_is_not_in_the_manifest(tmp_path: Path):
+    one = contents_of(make_artifact(tmp_path / "one"))
+    two = contents_of(make_artifact(tmp_path / "two", measurements={"measured_us": 11.0}))
+    different = {name for name in one if one[name] != two[name]}
+    assert different == {"measurements.json", "summary.txt", "records.json"}
 
 
 def test_odd_numbers_survive(tmp_path: Path):
@@ -85,6 +92,14 @@ def _edit(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def _forge(directory: Path, **changes: Any) -> None:
+    """Like `_edit`, and the records are made to say so."""
+    _edit(directory, **changes)
+    path = directory / "records.json"
+    sealed = {"manifest": sha256_of(directory / "manifest.json")}
+    path.write_text(json.dumps(json.loads(path.read_text()) | sealed))
+
+
 def _alter(directory: Path) -> None:
     path = directory / "code" / "model.onnx"
     data = bytearray(path.read_bytes())
@@ -111,7 +126,10 @@ def _alter(directory: Path) -> None:
         (lambda d: _edit(d, files={}), "code/model.onnx is not in the manifest"),
         (lambda d: _edit(d, files=3), "not a whole artifact"),
         (lambda d: _edit(d, interface={}), "not a whole artifact"),
-        (lambda d: _edit(d, signature=WRONG), "not a signature"),
+        (lambda d: _edit(d, versions={}), "records.json belongs to another manifest.json"),
+        (lambda d: _forge(d, signature=WRONG), "not a signature"),
+        (lambda d: (d / "records.json").unlink(), "records.json"),
+        (lambda d: (d / "records.json").write_text("[]"), "not a whole artifact"),
     ],
 )
 def test_what_was_changed_is_refused(tmp_path: Path, damage: Any, message: str):

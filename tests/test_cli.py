@@ -283,7 +283,7 @@ def test_bench(net: Path, tmp_path: Path):
 
 
 def test_verify(net: Path, model: Path):
-    assert answer("verify", net)["files"] == 5
+    assert answer("verify", net)["files"] == 7
     data = answer("verify", net, "--against", model)
     assert data["max_error"] <= 1e-5
     assert data["same_teacher"]

@@ -12,6 +12,7 @@ import pytest
 
 from optcompiler import device
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
+from optcompiler.choices import Choices
 from optcompiler.cost import DeviceProfile, RooflineCostModel
 from optcompiler.device import interleaved_us, measure, profile_for, remember
 from optcompiler.errors import CacheWarning, InputError, UnsupportedOperatorError
@@ -90,7 +91,9 @@ class Clockwork(Backend):
             )
         return found
 
-    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+    def lower(
+        self, program: Program, target: Target, directory: Path, choices: Choices | None = None
+    ) -> Mapping[str, Any]:
         for node in program.graph:
             if node.op_type in self.refused:
                 raise UnsupportedOperatorError(f"no {node.op_type}")

@@ -554,12 +554,16 @@ def kernels_that_rewrite(program: Program, target: Any) -> list[Kernel]:
     return []
 
 
-def lowering_to_a_link(program: Program, target: Any, directory: Any) -> dict[str, Any]:
+def lowering_to_a_link(
+    program: Program, target: Any, directory: Any, choices: Any
+) -> dict[str, Any]:
     (directory / "model.onnx").symlink_to("/etc/hostname")
     return {}
 
 
-def lowering_to_nowhere(program: Program, target: Any, directory: Any) -> dict[str, Any]:
+def lowering_to_nowhere(
+    program: Program, target: Any, directory: Any, choices: Any
+) -> dict[str, Any]:
     directory.rmdir()
     return {}
 
@@ -591,7 +595,7 @@ def running(change: Callable[[list[Any]], Any], **members: Any) -> Any:
         {"kernels": kernels_with(macs=-1)},
         {"kernels": kernels_with(bytes_moved="many")},
         {"kernels": kernels_that_rewrite},
-        {"lower": lambda program, target, directory: None},
+        {"lower": lambda program, target, directory, choices: None},
         {"lower": lowering_to_a_link},
         {"lower": lowering_to_nowhere},
         {"load": lambda directory, info, threads: None},

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from optcompiler.backend import Runner
+from optcompiler.choices import Choices
 from optcompiler.damage import Judge
 from optcompiler.errors import (
     INVALID,
@@ -465,7 +466,9 @@ class RunningBackend(PaperBackend):
     def runs_here(self, target: Target) -> bool:
         return self.here
 
-    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+    def lower(
+        self, program: Program, target: Target, directory: Path, choices: Choices | None = None
+    ) -> Mapping[str, Any]:
         assert directory.is_dir()
         self.log.append(f"lower for {target}")
         return {"made": str(directory)}

@@ -14,6 +14,7 @@ import onnxruntime
 
 from optcompiler import Registry, hookimpl
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
+from optcompiler.choices import Choices
 from optcompiler.cost import DeviceProfile
 from optcompiler.errors import Declined
 from optcompiler.ops import builtin_table
@@ -66,7 +67,9 @@ class ToyBackend(Backend):
             )  # fmt: skip
         return found
 
-    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+    def lower(
+        self, program: Program, target: Target, directory: Path, choices: Choices | None = None
+    ) -> Mapping[str, Any]:
         program.inlined().save(directory / "model.onnx")
         return {}
 

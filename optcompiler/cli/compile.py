@@ -51,6 +51,14 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @options.time_limit
 @options.reproducers
+@click.option(
+    "--no-timing", is_flag=True,
+    help="Time nothing: nominal prices, the same artifact on every run.",
+)  # fmt: skip
+@click.option(
+    "--locked", type=click.Path(path_type=Path), metavar="ARTIFACT",
+    help="Measure nothing: make this artifact, or that of this lock.json, once more.",
+)  # fmt: skip
 @common
 def compile_(
     model: str, output: Path, target: str, precision: str, calibration: str | None,
@@ -58,7 +66,7 @@ def compile_(
     max_latency_ms: float | None, max_size_mb: float | None, search_minutes: float | None,
     passes: tuple[str, ...], dynamic: dict[str, dict[int, str]] | str | None,
     keep_best: Path | None, damage: str, cost_model: str, seed: int, on_fault: str,
-    time_limit_s: float | None, reproducers: Path | None,
+    time_limit_s: float | None, reproducers: Path | None, no_timing: bool, locked: Path | None,
     as_json: bool, registry: Callable[[], Registry],
 ) -> None:  # fmt: skip
     """Compile MODEL and write the artifact to DIR.
@@ -96,7 +104,7 @@ def compile_(
                 budget=budget, passes=list(passes) or None, dynamic=dynamic, damage=damage,
                 cost_model=cost_model, seed=seed, registry=plugins,
                 progress=progress_on(sys.stderr), on_fault=on_fault, time_limit_s=time_limit_s,
-                reproducers=reproducers,
+                reproducers=reproducers, timing=not no_timing, locked=locked,
             )  # fmt: skip
     except GateError as error:
         best = getattr(error, "compiled", None)

@@ -58,14 +58,15 @@ def _operator(node: Any) -> str:
 
 def _artifact_facts(artifact: Artifact) -> dict[str, Any]:
     manifest = artifact.manifest
+    files = {**manifest["files"], **artifact.records["files"]}
     kept = ("target", "optcompiler", "options", "versions", "program_hash", "teacher_hash",
             "code_hash", "backend_info")  # fmt: skip
     return {
         "inputs": artifact.inputs,
         "outputs": artifact.outputs,
         **{k: manifest[k] for k in kept},
-        "files": {k: v["size_bytes"] for k, v in manifest["files"].items()},
-        "size_bytes": sum(v["size_bytes"] for v in manifest["files"].values()),
+        "files": {k: v["size_bytes"] for k, v in files.items()},
+        "size_bytes": sum(v["size_bytes"] for v in files.values()),
     }
 
 

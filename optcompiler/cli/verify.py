@@ -54,7 +54,7 @@ def verify(
     from optcompiler.errors import VerificationError
 
     opened = open_artifact(artifact)
-    data: dict[str, Any] = {"artifact": str(artifact), "files": len(opened.manifest["files"])}
+    data: dict[str, Any] = {"artifact": str(artifact), "files": len(opened.files)}
     if against is None:
         write(data, lambda: _parts(data), as_json=as_json)
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from optcompiler.errors import InputError
 from optcompiler.executor import WEIGHTS_KEY, to_torch
 from optcompiler.program import Program, constant, shape_of
 from optcompiler.rewriting import Batch, Declined, PassContext
+from optcompiler_passes._clock import Clock
 
 if TYPE_CHECKING:
     from optcompiler_passes.distill import Distill
@@ -373,7 +373,7 @@ def distill(student: Program, context: PassContext, options: Distill) -> None:
     learnt = learnables(student, options.learn)
     if not learnt:
         raise Declined(f"it holds no {' or '.join(options.learn)} to learn.")
-    device = _device(options.device)
+    device = _device(context.choices.keep("distill: device", lambda: _device_of(options.device)))
     with _deterministic():
         best = _train(student, context, options, learnt, device)
     if best is None:
@@ -424,7 +424,7 @@ def _train(
     peak = options.learning_rate * _share(references, judged, student)
     rates = [peak * float(g["lr"]) for g in optimizer.param_groups]
     parts = max(1, min(wanted, MOST_PARTS) // samples.size) if samples.joined else 1
-    clock = Clock(options.steps, options.minutes)
+    clock = Clock(options.steps, options.minutes, context.choices)
     best, nearest = None, judge()
     for step in context.progress.track(range(options.steps), "distilling"):
         if step >= clock.steps:
@@ -445,30 +445,8 @@ def _train(
             distance = judge()
             if distance < nearest:
                 best, nearest = student.state(), distance
+    clock.stop()
     return best
-
-
-class Clock:
-    """The schedule: warm-up, cosine decay, evaluations, and how many steps there is time for."""
-
-    def __init__(self, steps: int, minutes: float) -> None:
-        self.steps = steps
-        self._seconds = 60 * minutes
-        self._began = time.monotonic()
-
-    def factor(self, step: int) -> float:
-        """The share of the full step size: linear over the first 5%, then a cosine to 0."""
-        warm = max(1, self.steps // 20)
-        return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / self.steps)))
-
-    def tick(self, step: int) -> None:
-        """After the first few steps, and then now and then, plan what the time allows."""
-        if step + 1 >= 4 and step % 4 == 3:
-            each = (time.monotonic() - self._began) / (step + 1)
-            self.steps = max(step + 1, min(self.steps, int(self._seconds / each)))
-
-    def evaluates(self, step: int) -> bool:
-        return (step + 1) % max(1, self.steps // 10) == 0 or step + 1 == self.steps
 
 
 def _module(
@@ -579,13 +557,20 @@ def _finite(tensors: Iterable[Tensor]) -> bool:
     return all(t.grad is None or bool(torch.isfinite(t.grad).all()) for t in tensors)
 
 
-def _device(name: str) -> torch.device:
+def _device_of(name: str) -> str:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _device(name: str) -> torch.device:
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"distill: device={name!r} is not known; take cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"distill: device {name!r} is not on this machine; take cpu.")
+    return device
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class Distill(Pass):
     6. At most `steps` steps are taken, fewer (but at least 20) for a model so large that they would
        cost more than `work_tmacs` tera multiply-accumulates (moving a byte counts as ten).
     7. The same seed, device and number of threads give the same result, unless `minutes` is
-       reached: then fewer steps are planned after the first few.
+       reached: then fewer steps are planned after the first few, and a lock repeats those plans.
 
     It declines when the program computes what the teacher does, and without calibration data.
     """

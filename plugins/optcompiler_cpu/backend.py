@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
+from optcompiler.choices import Choices
 from optcompiler.errors import InputError
 from optcompiler.lowering import kernel_of, lower, plan
 from optcompiler.lowering.ir import Conv, Lowered, Step
@@ -42,6 +43,11 @@ class CpuBackend(Backend):
     name = "cpu"
     summary = "C source and a shared library for x86-64, specialised on shapes and weights"
 
+    def spelled_out(self, target: Target) -> Target:
+        isa = pick_isa(target.options).name
+        options = {**target.options, "isa": isa}
+        return Target("cpu", threads=target.threads, sizes=target.sizes, **options)
+
     def capabilities(self, target: Target) -> Capabilities:
         pick_isa(target.options)
         return Capabilities(
@@ -59,7 +65,9 @@ class CpuBackend(Backend):
         lowered = lower(program, plan=False, values=False)
         return [_as_printed(step, kernel_of(step), isa) for step in lowered.steps]
 
-    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+    def lower(
+        self, program: Program, target: Target, directory: Path, choices: Choices | None = None
+    ) -> Mapping[str, Any]:
         isa = pick_isa(target.options)
         compiler()
         lowered, module = emit(program, isa)

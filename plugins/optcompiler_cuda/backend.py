@@ -14,6 +14,7 @@ from optcompiler.errors import InputError, ToolchainError
 from optcompiler.target import Target
 
 if TYPE_CHECKING:
+    from optcompiler.choices import Choices
     from optcompiler.cost import DeviceProfile
     from optcompiler.program import Program
 
@@ -52,7 +53,9 @@ class CudaBackend(Backend):
 
         return kernels_of(lower(program))
 
-    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+    def lower(
+        self, program: Program, target: Target, directory: Path, choices: Choices | None = None
+    ) -> Mapping[str, Any]:
         from optcompiler.lowering.lower import lower
         from optcompiler_cuda.emit import emit
 

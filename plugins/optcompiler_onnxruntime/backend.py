@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
+from optcompiler.choices import Choices
 from optcompiler.errors import InputError, UnsupportedOperatorError, VerificationError
 from optcompiler.files import inside
 from optcompiler.program import PASS_KEY, SOURCE_KEY, Program, static_shape
@@ -73,7 +74,9 @@ class OnnxRuntimeBackend(Backend):
             program.infer_shapes()
         return kernels_of(program)
 
-    def lower(self, program: Program, target: Target, directory: Path) -> Mapping[str, Any]:
+    def lower(
+        self, program: Program, target: Target, directory: Path, choices: Choices | None = None
+    ) -> Mapping[str, Any]:
         self.capabilities(target)
         copy = program.inlined()
         for node in copy.all_nodes():

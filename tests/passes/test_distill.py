@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from optcompiler.choices import Choices
 from optcompiler.damage import Judge
 from optcompiler.errors import Declined, InputError
 from optcompiler.program import Program, constant
 from optcompiler.rewriting import PassContext
 from optcompiler_passes import _kd
+from optcompiler_passes._clock import Clock
 from optcompiler_passes.distill import Distill
 from optcompiler_passes.insert_qdq import InsertQdq
 from optcompiler_passes.pack_weights import pack
@@ -220,7 +222,7 @@ def test_options_are_checked():
 
 
 def test_time_limit_shortens_the_schedule():
-    clock = _kd.Clock(1000, minutes=1e-9)
+    clock = Clock(1000, 1e-9, Choices())
     for step in range(4):
         clock.tick(step)
     assert clock.steps == 4
