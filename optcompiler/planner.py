@@ -267,8 +267,9 @@ class Planner:
         return Probe((), base, self._damaged(base), score, True, "", {})
 
     def _probe(self, base: Program, prefix: Sequence[Offer]) -> Probe:
-        chosen = sorted(_deepest(prefix), key=lambda o: self._place[o.key])
-        program, refused, steps = self._realise(base, chosen)
+        chosen = _deepest(prefix)
+        in_place = sorted(chosen, key=lambda o: self._place[o.key])
+        program, refused, steps = self._realise(base, in_place)
         try:
             damage = self._damaged(program)
         except Exception as error:
