@@ -106,7 +106,7 @@ def test_what_is_no_lock_is_refused(tmp_path: Path):
         with pytest.raises(InputError, match=told):
             read_lock(path)
 
-    refused(None, "No such file.*; give an artifact, or its lock.json")
+    refused(None, "no such file.*; give an artifact, or its lock.json")
     refused("{", "; give an artifact, or its lock.json")
     refused("[" * 100_000, "; give an artifact, or its lock.json")
     refused("[]", "no lock of an artifact")

@@ -100,7 +100,7 @@ def test_all_that_fits_is_taken_and_says_what_it_saves_and_damages() -> None:
     assert [(r.saving_us, r.damage) for r in got.session.ledger] == [(90, 0.25), (60, 0.125)]
     assert [o.key for o in got.probe.chosen] == [("swap", "b", "Abs"), ("swap", "a", "Neg")]
     assert (got.probe.damage, got.probe.holds, got.probe.score) == (0.375, True, None)
-    assert [(p.name, c.site) for p, c in got.probe.steps] == [("swap", "b"), ("swap", "a")]
+    assert [(p.name, c.site) for p, c in got.probe.steps] == [("swap", "a"), ("swap", "b")]
     assert got.notes == ["2 lossy candidates: damage 0.375 holds the budget"]
 
 
