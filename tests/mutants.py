@@ -77,14 +77,13 @@ TARGETS = {
 class Trial:
     """The plugin of the one pytest session, which tries the mutants in place of running tests."""
 
-    def __init__(
-        self, target: Target, wanted: Sequence[str], survivors: bool, jobs: int, seconds: float
-    ) -> None:
+    def __init__(self, target: Target, options: argparse.Namespace) -> None:
         self.files = [SourceFileMutationData(path=path) for path in target.files]
-        self.wanted = wanted
-        self.survivors = survivors
-        self.jobs = jobs
-        self.seconds = seconds
+        self.wanted: Sequence[str] = options.only
+        self.survivors: bool = options.survivors
+        self.every: int = options.every
+        self.jobs: int = options.jobs
+        self.seconds: float = options.seconds
         self.in_child = False
 
     @pytest.hookimpl(tryfirst=True)
@@ -129,7 +128,7 @@ class Trial:
     def _chosen(self) -> Iterator[tuple[SourceFileMutationData, str]]:
         for data in self.files:
             data.load()
-            for name, known in data.exit_code_by_key.items():
+            for name, known in list(data.exit_code_by_key.items())[:: self.every]:
                 if self.survivors and known in (KILLED, TIMEOUT):
                     continue
                 if all(fnmatch.fnmatch(name, f"*{w}*") for w in self.wanted):
@@ -209,7 +208,7 @@ def generate() -> None:
 
 
 def score(name: str) -> float:
-    """Print what became of the mutants of one target; the share that was noticed."""
+    """Print what became of the mutants of one target; the share of those tried that was noticed."""
     target = TARGETS[name]
     codes: list[int | None] = []
     for path in target.files:
@@ -220,7 +219,7 @@ def score(name: str) -> float:
     untried = codes.count(None)
     survived = codes.count(SURVIVED) + codes.count(UNTESTED)
     killed = len(codes) - timeouts - untried - survived
-    share = (killed + timeouts) / len(codes)
+    share = (killed + timeouts) / max(1, len(codes) - untried)
     print(
         f"{name}: {len(codes)} mutants, {killed} killed, {timeouts} timeouts, {survived} survived"
         + (f", {untried} not tried" if untried else "")
@@ -254,6 +253,8 @@ def main() -> int:
                         help="only mutants with this in their names")  # fmt: skip
     parser.add_argument("--survivors", action="store_true",
                         help="only those that no test has noticed yet")  # fmt: skip
+    parser.add_argument("--every", type=int, default=1, metavar="N",
+                        help="a sample: only each N-th mutant of a file")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=SECONDS,
                         help=f"of tests that one mutant gets; default: {SECONDS}")  # fmt: skip
@@ -269,7 +270,7 @@ def main() -> int:
         return 0
     generate()
     for name in names:
-        trial = Trial(TARGETS[name], options.only, options.survivors, options.jobs, options.seconds)
+        trial = Trial(TARGETS[name], options)
         code = _in_child(trial, TARGETS[name].tests)
         if code:
             return code
