@@ -266,6 +266,8 @@ def intervals(program: Program) -> dict[str, Interval]:
             continue
         if out.shape is None or node.inputs[0] is None:
             continue
+        if any(v is not None and v.shape is None for v in node.inputs):
+            continue
         with np.errstate(all="ignore"):
             found = transfer(node, lambda i, node=node: _bounds_of(node, i, bounds))
         if found is None or np.isnan(found[0]).any() or np.isnan(found[1]).any():

@@ -280,3 +280,14 @@ def test_random_networks_keep_their_function() -> None:
         assert_close(run_onnx(pruned, inputs), run_onnx(program, inputs), 1e-4)
         assert choices(pruned) == {}
     assert removed > 15
+
+
+def test_an_input_of_unknown_rank_has_no_bounds():
+    program = Program.from_text(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        net (float[3,2] x) => (float[2,3] y) { h = Relu (x) y = Transpose <perm = [1, 0]> (h) }
+        """
+    )
+    program.graph[0].outputs[0].shape = None
+    assert not intervals(program)
