@@ -153,10 +153,13 @@ def data_hash(batches: Sequence[Mapping[str, np.ndarray]]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for name, array in sorted(batch.items()):
-            values = np.asarray(array)
-            digest.update(repr((name, str(values.dtype), values.shape)).encode())
-            digest.update(repr(values.tolist()).encode() if values.dtype == object
-                          else np.ascontiguousarray(values).data)  # fmt: skip
+            listed: list[Any] = array if isinstance(array, list) else [array]
+            digest.update(f"{name} {len(listed)}".encode())
+            for item in listed:
+                values = np.asarray(item)
+                digest.update(repr((str(values.dtype), values.shape)).encode())
+                digest.update(repr(values.tolist()).encode() if values.dtype == object
+                              else np.ascontiguousarray(values).data)  # fmt: skip
     return digest.hexdigest()
 
 

@@ -93,6 +93,7 @@ def test_compile_passes_its_options_on(
     given = fake_compile(monkeypatch, compiled)
     (tmp_path / "metrics.py").write_text("def score(model):\n    return 1.0\n")
     (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "0.npz", x=np.zeros((2, 4), np.float32))
     result = run(
         "compile", model, "-o", tmp_path / "out", "--target", "toy:threads=2",
         "--metric", f"{tmp_path}/metrics.py:score", "--max-drop", "0.5", "--max-latency-ms", "3",

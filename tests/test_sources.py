@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from optcompiler.errors import InputError
@@ -99,6 +100,9 @@ def test_metrics_and_calibration(file, tmp_path):
     assert metric_from_reference(f"{file}:make")
     with pytest.raises(InputError, match="is a int; name a function as the metric"):
         metric_from_reference(f"{file}:number")
+    with pytest.raises(InputError, match=r"holds no \.npz files"):
+        calibration_from_reference(str(tmp_path))
+    np.savez(tmp_path / "0.npz", x=np.zeros(2, np.float32))
     assert calibration_from_reference(str(tmp_path)) == tmp_path
     assert calibration_from_reference(f"{file}:batches") == [1, 2]
     with pytest.raises(InputError, match="returned a NoneType; return batches"):

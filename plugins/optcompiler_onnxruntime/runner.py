@@ -86,6 +86,8 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # where a processor lacks VNNI, products of uint8 and int8 would saturate at 16 bits
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

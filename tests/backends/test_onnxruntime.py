@@ -242,7 +242,17 @@ def test_an_operator_without_a_kernel_is_unsupported(tmp_path: Path):
         """<ir_version: 10, opset_import: ["": 20]>
 agraph (bfloat16[2] x) => (bfloat16[2] y) { y = Relu (x) }"""
     )
-    info = OnnxRuntimeBackend().lower(program, TARGET, tmp_path)
+    with pytest.raises(UnsupportedOperatorError, match="'x' is bfloat16"):
+        OnnxRuntimeBackend().lower(program, TARGET, tmp_path)
+    inside = Program.from_text(
+        """<ir_version: 10, opset_import: ["": 20]>
+agraph (float[2] x) => (float[2] y) {
+  b = Cast <to = 16> (x)
+  r = Relu (b)
+  y = Cast <to = 1> (r)
+}"""
+    )
+    info = OnnxRuntimeBackend().lower(inside, TARGET, tmp_path)
     with pytest.raises(UnsupportedOperatorError, match="has no kernel"):
         OnnxRuntimeBackend().load(tmp_path, info, threads=1)
 
