@@ -130,7 +130,8 @@ def _items(source: Any) -> Iterator[tuple[str, Any]]:
 def screen_folder(folder: Path) -> list[Path]:
     """The .npz files of a folder, in the order of their names, after a look at what each declares.
 
-    Raises `InputError` for a folder without any, and for one that is not plain arrays.
+    Raises `InputError` for a folder without any, for one that is not plain arrays and for a link
+    that leads out of the folder.
     """
     if not folder.is_dir():
         raise InputError(f"calibration: {folder} is not a folder; give one with .npz files.")
@@ -139,6 +140,8 @@ def screen_folder(folder: Path) -> list[Path]:
         raise InputError(f"calibration: {folder} holds no .npz files; save batches with np.savez.")
     for index, path in enumerate(files):
         where = _spelled(index, path)
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{where} is a link out of {folder}; copy the file into the folder.")
         with (
             _plain_arrays(where),
             opened(path, where) as (handle, _),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from optcompiler import scratch
 from optcompiler.artifact import CODE, Artifact, is_artifact, open_artifact
-from optcompiler.errors import InputError
+from optcompiler.errors import InputError, PluginError
 from optcompiler.files import inside, replacing_directory, write_text
 from optcompiler.signature import is_torch
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from optcompiler.plugins import Registry
     from optcompiler.program import Port, Program
     from optcompiler.target import Target
+
+_MISREAD = (KeyError, TypeError, ValueError, AttributeError, OSError)
+"""What a backend raises that believes a manifest which another program wrote."""
 
 
 class Compiled:
@@ -98,10 +101,12 @@ class Compiled:
                 self._runner = self._backend.load(
                     artifact.code, artifact.backend_info, threads=self._threads
                 )
-            except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            except PluginError as error:
+                if self._program is not None or not isinstance(error.__cause__, _MISREAD):
+                    raise
                 raise InputError(
                     f"{self.directory}: {artifact.target.backend} cannot load what the manifest "
-                    f"says ({type(error).__name__}: {error}); compile or copy the artifact again."
+                    f"says ({error.__cause__!r}); compile or copy the artifact again."
                 ) from error
         return self._runner
 

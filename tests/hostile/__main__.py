@@ -24,9 +24,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--forked", action="store_true")
+    parser.add_argument("--named", action="store_true", help="the words are whole names")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     chosen = [i for i in ITEMS.values() if _wanted(i.name, options.words)]
+    if options.named:
+        chosen = [ITEMS[name] for name in options.words]
     if options.forked:
         warm()
     outcomes: list[Outcome] = []

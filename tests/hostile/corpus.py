@@ -9,6 +9,12 @@ from pathlib import Path
 Make = Callable[[Path], list[str]]
 """Writes an item into an empty folder and gives the arguments of `optcompiler`, but for -o OUT."""
 
+SECRET = "secret"
+"""What a file is called that lies beside an item and is none of its business."""
+
+CANARY = b"canary:of:secret"
+"""What such a file holds, over and over; read as float32 the numbers are finite."""
+
 REFUSED = frozenset({2, 3})
 FINE = frozenset({0})
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from tests.hostile.corpus import add, item
+from tests.hostile.corpus import CANARY, SECRET, add, item
 from tests.hostile.graphs import model, node, relu_of
 
 BYTES = 4096 * 4
@@ -31,7 +31,7 @@ def with_data(prepare: Callable[[Path], None] | None = None, **entries: str):
     def make(folder: Path) -> list[str]:
         place = folder / "model"
         place.mkdir()
-        (folder / "secret").write_bytes(np.ones(4096, np.float32).tobytes())
+        (folder / SECRET).write_bytes(CANARY * (BYTES // len(CANARY)))
         if prepare is not None:
             prepare(place)
         spelled = {k: v.replace("FOLDER", str(folder)) for k, v in entries.items()}
@@ -104,7 +104,7 @@ def _key_twice(folder: Path) -> list[str]:
 def _in_attribute(folder: Path) -> list[str]:
     place = folder / "model"
     place.mkdir()
-    (folder / "secret").write_bytes(bytes(BYTES))
+    (folder / SECRET).write_bytes(CANARY * (BYTES // len(CANARY)))
     tensor = model_with_data(location="../secret").graph.initializer[0]
     found = model([node("Constant", "", "w", value=tensor), node("ReduceSum", "w", "s", keepdims=0),
                    node("Add", "x s", "y")])  # fmt: skip

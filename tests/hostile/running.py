@@ -10,11 +10,12 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.hostile.corpus import Item
+from tests.hostile import watched
+from tests.hostile.corpus import CANARY, SECRET, Item
 
 CPU_SECONDS = 2.0
 WALL_SECONDS = 20
@@ -26,7 +27,9 @@ _ADDRESS_SPACE = 6 << 30
 class Outcome:
     """What one process did: `code` is negative for a signal, `megabytes` the peak of its memory.
 
-    `strays` are the paths that appeared, went or changed besides the output directory.
+    `strays` are the paths that appeared, went or changed besides the output directory, `reached`
+    what was opened, started or loaded that is neither the item's nor part of the installation, and
+    `leaks` where the content of a file turned up that the item has no business with.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Outcome:
     stdout: str
     artifact: bool
     strays: tuple[str, ...]
+    reached: tuple[str, ...]
+    leaks: tuple[str, ...]
 
     def faults(self, item: Item) -> list[str]:
         """Why the outcome is not what the item asks for; empty when it is."""
@@ -45,6 +50,10 @@ class Outcome:
             found.append(f"exit code {self.code}, not {sorted(item.codes)}")
         if self.strays:
             found.append(f"touched {', '.join(self.strays)[:300]}")
+        if self.leaks:
+            found.append(f"leaked a secret to {', '.join(self.leaks)[:300]}")
+        if self.reached and (item.refused or self.code != 0):
+            found.append(f"reached for {', '.join(self.reached)[:300]}")
         if self.code == 0:
             return found
         lines = self.stderr.splitlines()
@@ -79,17 +88,34 @@ def run_item(item: Item, folder: Path, *, fresh: bool) -> Outcome:
         arguments = [*arguments, "-o", str(folder / "out")]
     before = _snapshot(folder)
     streams = [folder.with_name(f"{folder.name}.{kind}") for kind in ("out", "err")]
-    start = (_exec if fresh else _call)(arguments, home, streams)
+    log = folder.with_name(f"{folder.name}.log")
+    log.unlink(missing_ok=True)
+    start = (_exec if fresh else _call)(arguments, home, streams, log)
     code, usage = _wait(start)
     stdout, stderr = (s.read_text(encoding="utf-8", errors="replace") for s in streams)
+    lines = log.read_text().splitlines()
+    reached = watched.reached(lines, str(folder), str(_cache(home)), map(str, secrets(files)))
     after = _snapshot(folder)
     changed = {p for p in before.keys() | after.keys() if before.get(p) != after.get(p)}
     made = "out" not in before
     strays = sorted(p for p in changed if not (made and (p == "out" or p.startswith("out/"))))
     return Outcome(
         item.name, code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, stderr, stdout,
-        made and (folder / "out").exists(), tuple(strays),
+        made and (folder / "out").exists(), tuple(strays), tuple(reached),
+        tuple(_leaks([*streams, folder / "out", folder / "tmp", home, _cache(home)])),
     )  # fmt: skip
+
+
+def secrets(files: Path) -> list[Path]:
+    """Files beside the item that it may not read."""
+    return [p for p in files.rglob(SECRET) if p.is_file() and not p.is_symlink()]
+
+
+def _leaks(places: list[Path]) -> Iterator[str]:
+    for place in places:
+        for path in (place, *place.rglob("*")):
+            if path.is_file() and CANARY in path.read_bytes():
+                yield str(path)
 
 
 def _snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -122,25 +148,30 @@ def _child(home: Path, streams: list[Path], go: Callable[[], int]) -> int:
         os._exit(code)
 
 
+def _cache(home: Path) -> Path:
+    return home.parent.parent / "cache"
+
+
 def _environment(home: Path) -> dict[str, str]:
     return {
         "TMPDIR": str(home.parent / "tmp"),
         "HOME": str(home),
-        "OPTCOMPILER_CACHE": str(home.parent.parent / "cache"),
+        "OPTCOMPILER_CACHE": str(_cache(home)),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": "",
+        "PYTHONDONTWRITEBYTECODE": "1",
     }
 
 
-def _exec(arguments: list[str], home: Path, streams: list[Path]) -> int:
+def _exec(arguments: list[str], home: Path, streams: list[Path], log: Path) -> int:
     def go() -> int:
-        command = [sys.executable, "-m", "optcompiler", *arguments]
+        command = [sys.executable, "-P", watched.__file__, str(log), *arguments]
         os.execve(sys.executable, command, os.environ | _environment(home))
 
     return _child(home, streams, go)
 
 
-def _call(arguments: list[str], home: Path, streams: list[Path]) -> int:
+def _call(arguments: list[str], home: Path, streams: list[Path], log: Path) -> int:
     def go() -> int:
         import tempfile
 
@@ -150,6 +181,7 @@ def _call(arguments: list[str], home: Path, streams: list[Path]) -> int:
         tempfile.tempdir = None
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(h, "w"), "utf-8") for h in (1, 2))
         code = 1
+        watched.watch(str(log))
         try:
             main(arguments)
         except SystemExit as end:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +16,34 @@ from optcompiler.artifact import open_artifact
 from optcompiler.errors import OptcompilerError
 from optcompiler.program import Program
 from tests.hostile import archives, artifacts, calibration, files, graphs  # noqa: F401
-from tests.hostile.corpus import ITEMS, Item
-from tests.hostile.running import run_item, warm
+from tests.hostile.corpus import ITEMS
+from tests.hostile.running import Outcome
 
+ROOT = Path(__file__).parents[2]
 MUTATIONS = 100
 
 
-@pytest.fixture(scope="module", autouse=True)
-def warmed() -> None:
-    warm()
+PARTS = 12
+"""Of the corpus, each run by a small process of its own: forks begin with the memory of their parent,
+and this one may hold anything."""
 
 
-@pytest.mark.parametrize("item", list(ITEMS.values()), ids=lambda i: i.name)
-def test_item(item: Item, tmp_path: Path) -> None:
-    outcome = run_item(item, tmp_path / "item", fresh=False)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_items(part: int) -> None:
+    names = list(ITEMS)[part::PARTS]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hostile", "--forked", "--json", "--named", *names],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    outcomes = [Outcome(**found) for found in json.loads(done.stdout)]
+    assert [o.name for o in outcomes] == names
     # a crowded machine says nothing of the CPU time; python -m tests.hostile does
-    faults = [f for f in outcome.faults(item) if "CPU time" not in f]
-    assert not faults, outcome.stderr
+    faults = {
+        o.name: (wrong, o.stderr)
+        for o in outcomes
+        if (wrong := [f for f in o.faults(ITEMS[o.name]) if "CPU time" not in f])
+    }
+    assert not faults, faults
 
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
