@@ -131,7 +131,9 @@ def computed(
         array = None if values is None else values[position]
         tensor = value.const_value if array is None else ir.tensor(array, name=value.name)
         assert tensor is not None
-        held[value] = ir.val(value.name, tensor.dtype, ir.Shape(tensor.shape), const_value=tensor)
+        held[value] = ir.val(
+            value.name, tensor.dtype, ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
     outputs = [ir.val(v.name, v.dtype) for v in node.outputs]
     operands = [None if v is None else held[v] for v in node.inputs]
     copy = ir.Node(

@@ -24,8 +24,8 @@ MUTATIONS = 100
 
 
 PARTS = 12
-"""Of the corpus, each run by a small process of its own: a fork begins with its parent's memory, and
-this process may hold anything."""
+"""Of the corpus, each run by a small process of its own: a fork begins with its parent's memory,
+and this process may hold anything."""
 
 
 @pytest.mark.parametrize("part", range(PARTS))
