@@ -28,5 +28,10 @@ def test_digits(tmp_path: Path) -> None:
         assert measured["macs"]["before"] >= 2 * measured["macs"]["after"]
         ledger = json.loads((directory / "ledger.json").read_text())
         taken = {row["pass_name"] for row in ledger if row["outcome"] == "taken"}
-        assert {"fold-batchnorm", "prune-channels", "insert-qdq", "distill"} <= taken
+        assert {"fold-batchnorm", "prune-channels", "distill"} <= taken
+        tried = [r for r in ledger if r["pass_name"] == "insert-qdq" and r["outcome"] != "declined"]
+        assert tried
+        # integers are no gain on every processor (without VNNI they are not), and then not taken
+        slow = {r["reason"] for r in tried} == {"predicted no faster"}
+        assert "insert-qdq" in taken or slow
     assert len(re.findall(r"metric drop", done.stdout)) == 2
