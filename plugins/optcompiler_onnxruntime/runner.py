@@ -94,7 +94,13 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
 def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     errors = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            return _opened(path, options)
+        except errors.Fail:
+            # ONNX Runtime 1.32 cannot make precise products for every model; float ones are right
+            options.add_session_config_entry("session.x64quantprecision", "0")
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            return _opened(path, options)
     except errors.NotImplemented as error:
         raise UnsupportedOperatorError(
             f"{path.name}: ONNX Runtime {onnxruntime.__version__} has no kernel: "
@@ -105,3 +111,7 @@ def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.Inf
             f"{path.name}: ONNX Runtime cannot open it: {' '.join(str(error).split())[:300]}; "
             f"the file is damaged, or written for a newer runtime."
         ) from error
+
+
+def _opened(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
