@@ -130,16 +130,22 @@ class OnnxRuntimeBackend(Backend):
 
 
 def _explicit_zero_points(program: Program) -> None:
-    """Give 8-bit DequantizeLinear nodes without a zero point an explicit one.
+    """Give each 8-bit DequantizeLinear and QuantizeLinear node an explicit zero point of its own.
 
     ONNX Runtime makes integer Gemm and MatMul kernels only of nodes that have one (QGemm in
-    `qdq_selectors.cc`); the value, 0, is what its absence means. No two nodes share one: where
-    ONNX Runtime makes uint8 of int8 it cannot open a model in which they do (1.32, without VNNI).
+    `qdq_selectors.cc`); the value, 0, is what its absence means. A signed one is not shared: where
+    ONNX Runtime makes uint8 of int8 it cannot open a model with shared ones (1.32, without VNNI).
     """
     for node in list(program.graph):
         if node.domain != "" or node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
+        given = node.inputs[2] if len(node.inputs) > 2 else None
+        if given is not None:
+            held = given.const_value
+            shared = given.is_initializer() and len(given.uses()) > 1
+            if shared and held is not None and held.dtype == ir.DataType.INT8:
+                own = program.add_weight(given.name or "zero_point", held.numpy())
+                node.replace_input_with(2, own)
             continue
         quantized = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
         scale = node.inputs[1]

@@ -26,7 +26,7 @@ class OnnxRuntimeRunner(Runner):
     def __init__(self, path: Path, threads: int) -> None:
         self._path = path
         self._threads = threads
-        self._session: onnxruntime.InferenceSession | None = _session(path, _options(threads))
+        self._session: onnxruntime.InferenceSession | None = _session(path, threads)
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -52,10 +52,7 @@ class OnnxRuntimeRunner(Runner):
         inserts itself (layout changes) keep the names it gives them.
         """
         with scratch.directory() as directory:
-            options = _options(self._threads)
-            options.enable_profiling = True
-            options.profile_file_prefix = str(directory / "profile")
-            session = _session(self._path, options)
+            session = _session(self._path, self._threads, str(directory / "profile"))
             for _ in range(3):
                 session.run(self._outputs, dict(inputs))
             events = json.loads(Path(session.end_profiling()).read_text())
@@ -81,26 +78,21 @@ def _last_run(events: list[dict[str, Any]]) -> dict[str, float]:
     return times
 
 
-def _options(threads: int) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # where a processor lacks VNNI, products of uint8 and int8 would saturate at 16 bits
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
+PRECISE = {"session.x64quantprecision": "1"}
+"""Where a processor lacks VNNI, products of uint8 and int8 would saturate at 16 bits."""
+
+FLOATS = {"session.disable_quant_qdq": "1"}
+"""Quantised layers in float: slow and right. ONNX Runtime 1.32 cannot make precise products of
+every model, for one where weights are shared."""
 
 
-def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _session(path: Path, threads: int, profile: str = "") -> onnxruntime.InferenceSession:
     errors = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     try:
         try:
-            return _opened(path, options)
+            return _opened(path, threads, profile, PRECISE)
         except errors.Fail:
-            # ONNX Runtime 1.32 cannot make precise products for every model; float ones are right
-            options.add_session_config_entry("session.x64quantprecision", "0")
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-            return _opened(path, options)
+            return _opened(path, threads, profile, FLOATS)
     except errors.NotImplemented as error:
         raise UnsupportedOperatorError(
             f"{path.name}: ONNX Runtime {onnxruntime.__version__} has no kernel: "
@@ -113,5 +105,16 @@ def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.Inf
         ) from error
 
 
-def _opened(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _opened(
+    path: Path, threads: int, profile: str, entries: Mapping[str, str]
+) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what goes wrong comes as an exception too
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

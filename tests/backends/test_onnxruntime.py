@@ -101,6 +101,28 @@ def test_weights_without_zero_points_still_make_integer_kernels(tmp_path: Path):
     assert "QGemm" in optimized_types(quantized(nodes), tmp_path)
 
 
+SHARED = f"""{CONV} t = Relu (c) yq = QuantizeLinear (t, s, z) d = DequantizeLinear (yq, s, z)
+  w2 = DequantizeLinear <axis = 0> (wc2, ws, wz) y = Conv (d, w2)"""
+
+
+@pytest.mark.parametrize("second", ["wc", "wc2"])
+def test_shared_weights_and_zero_points_run_everywhere(second: str, tmp_path: Path):
+    text = f"int8[8, 8, 1, 1] wc2 = {{{ones(64, 2)}}}, "
+    program = Program.from_text(
+        f"""<ir_version: 10, opset_import: ["": 20]>
+agraph (float[1, 8, 8, 8] x0, float[1, 8, 8, 8] x1) => (float[1, 8, 8, 8] y)
+<{text}{WEIGHTS}> {{
+  {DATA}
+  {SHARED.replace("wc2", second)}
+}}
+"""
+    )
+    backend = OnnxRuntimeBackend()
+    runner = backend.load(tmp_path, backend.lower(program, TARGET, tmp_path), threads=1)
+    inputs = random_inputs(program, 3)
+    assert_close(runner.run(inputs), run_onnx(program, inputs), 1e-3)
+
+
 def test_kernels_count_work_and_bytes():
     program = quantized(f"{CONV} t = Relu (c) {END}")
     [quantize, conv, dequantize] = kernels_of(program)
