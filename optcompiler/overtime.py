@@ -152,8 +152,8 @@ _frames = sys._current_frames  # pyright: ignore[reportPrivateUsage]  # document
 _set_exception: Any = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    _set_exception(ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind))
+def _raise_in(thread: int, kind: type[BaseException]) -> None:
+    _set_exception(ctypes.c_ulong(thread), ctypes.py_object(kind))
 
 
 def _by_watcher(seconds: float, call: Callable[[], T]) -> T:
@@ -176,15 +176,23 @@ def _by_watcher(seconds: float, call: Callable[[], T]) -> T:
     except limit.overtime:
         raise TimeIsUp from None
     finally:
-        # An interruption on its way arrives in here at the latest; after the join none is sent.
+        # What is on its way arrives in here; after the join none is sent. It is not withdrawn but
+        # replaced by one that is awaited: up to Python 3.12 an exception that is withdrawn keeps
+        # the interpreter looking for it, and a profiler or debugger then hangs at the next call.
+        last = False
         while True:
             try:
                 over.set()
                 watcher.join()
-                _raise_in(thread, None)
-                break
+                if not limit.struck:
+                    break
+                last = True
+                _raise_in(thread, limit.overtime)
+                while True:
+                    pass
             except limit.overtime:
-                continue
+                if last:
+                    break
 
 
 _OWN: frozenset[CodeType] = frozenset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -203,3 +204,31 @@ def test_nothing_strikes_outside(place: Callable[..., None]) -> None:
         pytest.fail("struck outside of the call")
     finally:
         sys.setswitchinterval(interval)
+
+
+AFTERWARDS = """
+import cProfile, threading
+from optcompiler.overtime import TimeIsUp, within
+
+def limited():
+    within(60, lambda: 7)
+    try:
+        within(0.05, lambda: [None for _ in iter(int, 1)])
+    except TimeIsUp:
+        print("stopped")
+
+thread = threading.Thread(target=limited)
+thread.start()
+thread.join()
+profile = cProfile.Profile()
+profile.runcall(lambda: sum(map(abs, range(9))))
+print(len(profile.getstats()) > 0)
+"""
+
+
+def test_a_profiler_can_be_used_afterwards() -> None:
+    """Python up to 3.12 hangs there when an asynchronous exception was withdrawn."""
+    done = subprocess.run(
+        [sys.executable, "-c", AFTERWARDS], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["stopped", "True"]
