@@ -31,6 +31,8 @@ PROBES = 6
 NEGLIGIBLE = 0.1
 """A plan that spends less than this share of the budget is not worth tuning."""
 
+NOTHING_LOSSY = "nothing was taken that could be tuned"
+
 Key = tuple[str, str, str]
 
 Tuned = tuple[Pass, Candidate, float, float, bool]
@@ -73,6 +75,8 @@ class Probe:
     steps: tuple[Step, ...] = ()
     """What was applied, in order, tuning included."""
     tuned: tuple[Tuned, ...] = ()
+    untuned: tuple[Row, ...] = ()
+    """Tuning passes that were asked and changed nothing, with the reason."""
 
 
 class Planner:
@@ -133,10 +137,12 @@ class Planner:
             reason = f"damage {before:.3g} before, {after:.3g} after"
             row = session.row(pass_, candidate, outcome, reason)
             session.ledger.add(replace(row, damage=after))
-        if not best.tuned:
+        for row in best.untuned:
+            session.ledger.add(row)
+        if not best.tuned and not best.untuned:
+            why = "the plan spends too little of the budget to be worth tuning"
             for tuner in self.tuners:
-                why = "the plan spends too little of the budget to be worth tuning"
-                session.ledger.add(Row(tuner.name, "program", "-", DECLINED, why, exact=False))
+                session.ledger.add(self._not_tuned(tuner, why if best.chosen else NOTHING_LOSSY))
         return best
 
     _limit_text = "the budget was spent on candidates that save more for less damage"
@@ -277,9 +283,10 @@ class Planner:
             self.session.progress.note(f"{len(chosen)} lossy candidates: {why}")
             return Probe((), base, float("inf"), None, False, why, refused)
         tuned: list[Tuned] = []
+        untuned: list[Row] = []
         holds, why, score = self._within(program, damage)
         if not holds and self.tuners:
-            program, damage, tuned = self._tune(program, damage)
+            program, damage, tuned, untuned = self._tune(program, damage)
             holds, why, score = self._within(program, damage)
         self.session.progress.note(
             f"{len(chosen)} lossy candidates: damage {damage:.3g}"
@@ -288,21 +295,26 @@ class Planner:
         )
         return Probe(
             tuple(o for o in chosen if o.key not in refused),
-            program, damage, score, holds, why, refused, (*steps, *_kept(tuned)), tuple(tuned),
+            program, damage, score, holds, why, refused, (*steps, *_kept(tuned)), tuple(tuned), tuple(untuned),
         )  # fmt: skip
 
     def _finished(self, probe: Probe) -> Probe:
         """The plan tuned, if it is not yet and spends a share of the budget worth winning back."""
-        if probe.tuned or not probe.chosen or not self.tuners or not self._worth_tuning(probe):
+        asked = probe.tuned or probe.untuned
+        if asked or not probe.chosen or not self.tuners or not self._worth_tuning(probe):
             return probe
-        program, damage, tuned = self._tune(probe.program, probe.damage)
-        holds, _, score = self._within(program, damage)
+        program, damage, tuned, untuned = self._tune(probe.program, probe.damage)
+        holds, why, score = self._within(program, damage)
         if not holds:
-            return probe
-        steps = (*probe.steps, *_kept(tuned))
+            lost = [self._not_tuned(p, f"tuned it no longer holds: {why}") for p, *_ in tuned]
+            return replace(probe, untuned=(*untuned, *lost))
         return replace(
-            probe, program=program, damage=damage, score=score, steps=steps, tuned=tuple(tuned)
-        )
+            probe, program=program, damage=damage, score=score,
+            steps=(*probe.steps, *_kept(tuned)), tuned=tuple(tuned), untuned=tuple(untuned),
+        )  # fmt: skip
+
+    def _not_tuned(self, tuner: Pass, why: str) -> Row:
+        return Row(tuner.name, "program", "-", DECLINED, why, exact=False)
 
     def _worth_tuning(self, probe: Probe) -> bool:
         limit, allowed = self.budget.damage_limit, self.budget.max_drop
@@ -312,19 +324,26 @@ class Planner:
             return False
         return self.budget.drop(self.teacher_score, probe.score) > NEGLIGIBLE * allowed
 
-    def _tune(self, program: Program, damage: float) -> tuple[Program, float, list[Tuned]]:
+    def _tune(
+        self, program: Program, damage: float
+    ) -> tuple[Program, float, list[Tuned], list[Row]]:
         tuned: list[Tuned] = []
+        untuned: list[Row] = []
         for tuner in self.tuners:
-            for candidate in self.session.propose(tuner, program, record=False):
+            candidates, declined = self.session.offers(tuner, program)
+            for candidate in candidates:
                 patch = self.session.attempt(tuner, candidate, program)
                 if isinstance(patch, Refusal):
                     self.session.progress.note(f"{tuner.name}: {patch.reason}")
+                    row = self.session.row(tuner, candidate, patch.outcome, patch.reason)
+                    declined.append(row)
                     continue
                 changed = self.session.damage_of(self.judge, tuner, candidate, patch)
                 tuned.append((tuner, candidate, damage, changed, changed < damage))
                 if changed < damage:
                     program, damage = patch.after, changed
-        return program, damage, tuned
+            untuned += declined
+        return program, damage, tuned, untuned
 
     def _realise(
         self, base: Program, chosen: Sequence[Offer]

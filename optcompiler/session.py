@@ -261,14 +261,21 @@ class Session:
 
     def propose(self, pass_: Pass, program: Program, *, record: bool = True) -> list[Candidate]:
         """The pass's candidates on `program`; what it declines goes to the ledger."""
+        candidates, declined = self.offers(pass_, program)
+        for row in declined if record else ():
+            self.ledger.add(row)
+        return candidates
+
+    def offers(self, pass_: Pass, program: Program) -> tuple[list[Candidate], list[Row]]:
+        """The pass's candidates on `program`, and rows of what it declines."""
         offered = self.proposed(pass_, program)
         candidates = [item for item in offered if isinstance(item, Candidate)]
         self._offered[pass_.name] = candidates
-        for item in offered:
-            if record and isinstance(item, Decline):
-                row = Row(pass_.name, item.site, "-", DECLINED, item.reason, nodes=item.nodes)
-                self.ledger.add(row)
-        return candidates
+        return candidates, [
+            Row(pass_.name, item.site, "-", DECLINED, item.reason, nodes=item.nodes)
+            for item in offered
+            if isinstance(item, Decline)
+        ]
 
     def row(self, pass_: Pass, candidate: Candidate, outcome: str, reason: str) -> Row:
         return Row(

@@ -656,6 +656,15 @@ def test_tuning_that_loses_the_metric_is_undone() -> None:
                score=score, metric=ignored, max_drop=1.0)  # fmt: skip
     assert operators(got.probe.program) == {"a": "Neg"}
     assert got.probe.tuned == ()
+    row = list(got.session.ledger)[-1]
+    assert (row.pass_name, row.outcome) == ("tune", DECLINED)
+    assert row.reason.startswith("tuned it no longer holds: ")
+
+
+def test_nothing_lossy_is_not_tuned() -> None:
+    got = plan(relus("a"), [paper_pass([swap("a", "Neg")]), tuner()],
+               {("a", "Neg"): 2.0, ("a", "Sin"): 2.0}, max_damage=1.0)  # fmt: skip
+    assert list(got.session.ledger)[-1].reason == "nothing was taken that could be tuned"
 
 
 def test_nothing_taken_is_not_tuned() -> None:
@@ -671,6 +680,11 @@ def test_a_tuner_that_declines_is_noted() -> None:
                {("a", "Neg"): 1.0, ("a", "Sin"): 0.25}, max_damage=0.5)  # fmt: skip
     assert "late: on second thoughts" in got.notes
     assert [t[0].name for t in got.probe.tuned] == ["tune"]
+    rows = [(r.pass_name, r.outcome, r.reason) for r in list(got.session.ledger)[1:]]
+    assert rows == [
+        ("tune", TAKEN, "damage 1 before, 0.25 after"),
+        ("late", DECLINED, "on second thoughts"),
+    ]
 
 
 def test_a_tuner_whose_work_cannot_be_run_is_at_fault() -> None:
@@ -684,13 +698,11 @@ def test_a_tuner_whose_work_cannot_be_run_is_at_fault() -> None:
     assert operators(caught.value.program) == {"a": "Neg"}
 
 
-def test_what_a_tuner_declines_is_no_row() -> None:
+def test_what_a_tuner_declines_is_its_row() -> None:
     got = plan(relus("a"), [paper_pass([swap("a", "Neg")]), tuner("Exp")],
                {("a", "Neg"): 0.5}, max_damage=1.0)  # fmt: skip
     rows = [r for r in got.session.ledger if r.pass_name == "tune"]
-    assert [r.reason for r in rows] == [
-        "the plan spends too little of the budget to be worth tuning"
-    ]
+    assert [(r.outcome, r.reason) for r in rows] == [(DECLINED, "nothing to tune")]
 
 
 # -- taking out again -------------------------------------------------------------------------

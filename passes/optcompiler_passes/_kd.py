@@ -510,8 +510,9 @@ def _batch_size(program: Program, teacher: fx.GraphModule, samples: Samples, wan
     inputs = [t[rows] for t in samples.joined]
     with torch.no_grad():
         try:
-            whole = teacher(*inputs)
-            parts = teacher(*[t[:size] for t in inputs])
+            # A GraphModule that is called prints what it raises.
+            whole = teacher.forward(*inputs)
+            parts = teacher.forward(*[t[:size] for t in inputs])
         except (RuntimeError, ValueError):
             return size
     for w, p in zip(whole, parts, strict=True):
