@@ -295,7 +295,8 @@ class Planner:
         )
         return Probe(
             tuple(o for o in chosen if o.key not in refused),
-            program, damage, score, holds, why, refused, (*steps, *_kept(tuned)), tuple(tuned), tuple(untuned),
+            program, damage, score, holds, why, refused, (*steps, *_kept(tuned)),
+            tuple(tuned), tuple(untuned),
         )  # fmt: skip
 
     def _finished(self, probe: Probe) -> Probe:
