@@ -74,7 +74,7 @@ class Exact:
         if isinstance(patch, Refusal):
             return program, session.row(pass_, candidate, patch.outcome, patch.reason)
         saving = session.saving_us(program, patch.after)
-        row = self._judged(candidate, saving, program)
+        row = self._judged(candidate, saving, program, _grown(patch))
         if row.outcome != TAKEN:
             return program, row
         session.require_sound(pass_, candidate, patch)
@@ -156,14 +156,16 @@ class Exact:
         except PassFault:
             return halves
 
-    def _judged(self, candidate: Candidate, saving: float | None, program: Program) -> Row:
+    def _judged(
+        self, candidate: Candidate, saving: float | None, program: Program, did: str = "exact"
+    ) -> Row:
         """The row of a candidate that is verified, by what it saves."""
         slower = saving is not None and saving < -SLOWER_SHARE * self.session.price_us(program)
         if slower and self.pass_.stage is not Stage.CLEAN:
             reason = f"predicted {-(saving or 0.0):.1f} µs slower"
             row = self.session.row(self.pass_, candidate, REJECTED, reason)
         else:
-            row = self.session.row(self.pass_, candidate, TAKEN, candidate.note or "exact")
+            row = self.session.row(self.pass_, candidate, TAKEN, candidate.note or did)
         return replace(row, saving_us=saving)
 
     def _rows(self, candidates: Sequence[Candidate], patch: Patch) -> Outcome:
@@ -181,6 +183,11 @@ class Exact:
         after, others = self.take(rest, program)
         known = rejected | {id(c): row for c, row in others}
         return after, [(c, known[id(c)]) for c in candidates]
+
+
+def _grown(patch: Patch) -> str:
+    before, after = len(patch.before.graph), len(patch.after.graph)
+    return f"{before} nodes become {after}" if before != after else "exact"
 
 
 def _around(program: Program, candidate: Candidate) -> list[ir.Node]:

@@ -64,7 +64,7 @@ class Simplify(Pass):
        gives back what went in. Other control flow, sequences and strings stay as they are.
 
     Inputs and outputs keep names, types and shapes; values and nodes that survive keep their names.
-    Declines when nothing changes.
+    Changes nothing where there is nothing to do.
     """
 
     name: ClassVar[str] = "simplify"
@@ -77,25 +77,11 @@ class Simplify(Pass):
     total_growth_bytes: int = TOTAL_GROWTH_BYTES
 
     def propose(self, program: Program, context: PassContext) -> Iterator[Candidate | Decline]:
-        trial = program.clone()
-        try:
-            self.rewrite(trial)
-        except Declined as reason:
-            yield Decline("program", str(reason))
-            return
-        gone = len(program.graph) - len(trial.graph)
-        yield Candidate(
-            site="program",
-            choice="simplify",
-            rewrite=self.rewrite,
-            exact=True,
-            note=f"{len(program.graph)} nodes become {len(trial.graph)}",
-            details={"nodes_removed": gone},
-        )
+        yield Candidate(site="program", choice="simplify", rewrite=self.rewrite, exact=True)
 
     def rewrite(self, program: Program) -> None:
-        """Simplify `program` in place; raises `Declined` when there is nothing to do."""
-        before = program.clone()
+        """Simplify `program` in place; raises `Declined` when it cannot be done."""
+        named = _Named.of(program)
         interface = {v: (v.type, v.shape) for v in program.graph.inputs}
         outputs = [(v.name, v.type, v.shape) for v in program.graph.outputs]
         policy = FoldingPolicy(program.graph, self.growth_bytes, self.total_growth_bytes)
@@ -108,13 +94,11 @@ class Simplify(Pass):
         _share_small_constants(program)
         _share_nodes(program)
         program.sweep()
-        _rename(program, before)
+        named.restore(program)
         for value, (type_, shape) in interface.items():
             value.type, value.shape = type_, shape
         for value, (name, type_, shape) in zip(program.graph.outputs, outputs, strict=True):
             value.name, value.type, value.shape = name, type_, shape
-        if not any(program.changes_since(before)):
-            raise Declined("nothing to simplify.")
         try:
             program.infer_shapes()
         except VerificationError as error:
@@ -140,7 +124,8 @@ def _round(program: Program, policy: FoldingPolicy) -> bool:
     except RuntimeError as error:  # its evaluators of single operators have faults of their own
         raise Declined(f"constant folding failed: {error.__cause__ or error}") from error
     policy.settle(program)
-    RewritePass(_rules())(model)
+    rules: list[Any] = [_AtRoot(rule) for rule in _rules()]
+    RewritePass(rules)(model)
     for node in list(program.all_nodes()):
         without_iterations(program, node)
     for node in list(program.all_nodes()):
@@ -175,6 +160,23 @@ def _rules() -> list[Any]:
         rules.remove_optional_bias_from_conv_transpose_rule,
         rules.remove_optional_bias_from_gemm_rule,
     ]  # fmt: skip
+
+
+class _AtRoot:
+    """A rule of the rewriter that is tried only at nodes of its pattern's root operator."""
+
+    def __init__(self, rule: Any) -> None:
+        pattern = rule._target_pattern  # the rewriter asks for it at every node
+        root = pattern.output_node.op_identifier() if pattern.has_single_output_node else None
+        self._rule, self._operator = rule, root and root[:2]
+
+    def try_rewrite(self, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
+        if self._operator is not None and self._operator != (node.domain, node.op_type):
+            return None
+        return self._rule.try_rewrite(model, graph, node, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rule, name)
 
 
 def _bypass(node: ir.Node, value: ir.Value) -> None:
@@ -410,25 +412,37 @@ def _share_nodes(program: Program) -> None:
             program.graph.remove(node, safe=True)
 
 
-def _rename(program: Program, before: Program) -> None:
-    """Give a new node the name and metadata of the node that made its result before."""
-    made_by = {v.name: n for n in before.graph for v in n.outputs}
-    old = {n.name for n in before.graph}
-    taken = {n.name for n in program.graph if n.name in old} | set(program.graph.initializers)
-    taken |= {v.name for v in program.graph.inputs}
-    taken |= {v.name for n in program.graph for v in n.outputs}
-    seen: set[str | None] = set()
-    for node in program.graph:
-        if node.name in old and node.name not in seen:
-            seen.add(node.name)
-            continue
-        source = made_by.get(node.outputs[0].name)
-        stem = f"{node.op_type}_{node.outputs[0].name}" if source is None else str(source.name)
-        name, count = stem, 1
-        while name in taken:
-            name, count = f"{stem}_{count}", count + 1
-        taken.add(name)
-        node.name = name
-        if source is not None:
-            for key, text in source.metadata_props.items():
+@dataclass(frozen=True)
+class _Named:
+    """The names and metadata of a program's nodes, by value that they make."""
+
+    made_by: dict[str | None, tuple[str, dict[str, str]]]
+    nodes: set[str | None]
+
+    @classmethod
+    def of(cls, program: Program) -> _Named:
+        made_by = {
+            v.name: (str(n.name), dict(n.metadata_props)) for n in program.graph for v in n.outputs
+        }
+        return cls(made_by, {n.name for n in program.graph})
+
+    def restore(self, program: Program) -> None:
+        """Give a new node the name and metadata of the node that made its result before."""
+        taken = {n.name for n in program.graph if n.name in self.nodes}
+        taken |= set(program.graph.initializers)
+        taken |= {v.name for v in program.graph.inputs}
+        taken |= {v.name for n in program.graph for v in n.outputs}
+        seen: set[str | None] = set()
+        for node in program.graph:
+            if node.name in self.nodes and node.name not in seen:
+                seen.add(node.name)
+                continue
+            source, metadata = self.made_by.get(node.outputs[0].name, ("", {}))
+            stem = source or f"{node.op_type}_{node.outputs[0].name}"
+            name, count = stem, 1
+            while name in taken:
+                name, count = f"{stem}_{count}", count + 1
+            taken.add(name)
+            node.name = name
+            for key, text in metadata.items():
                 node.metadata_props.setdefault(key, text)

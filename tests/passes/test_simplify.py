@@ -21,6 +21,11 @@ def simplified(body: str) -> Program:
     return after
 
 
+def left_alone(before: Program) -> bool:
+    [candidate], _ = proposals(Simplify(), before)
+    return apply_candidate("simplify", candidate, before).empty
+
+
 def test_folds_shapes_and_drops_dead_code_and_keeps_names():
     after = simplified("""
 agraph (float[2, 3, 4] x) => (float[6, 4] y)
@@ -95,9 +100,7 @@ agraph (float[2, 3] x) => (float[2, 3] y)
   y = Mul (p, b)
 }
 """
-    candidates, declines = proposals(Simplify(), program(body))
-    assert not candidates
-    assert [(d.site, d.reason) for d in declines] == [("program", "nothing to simplify.")]
+    assert left_alone(program(body))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +254,7 @@ agraph (float[2] x) => (float[2] y) <int64 trips = {2}, bool keep = {1}> {
   >
 }
 """
-    assert proposals(Simplify(), program(body))[0] == []
+    assert left_alone(program(body))
 
 
 def test_outputs_of_a_body_stay_apart():
@@ -279,8 +282,7 @@ agraph (float[2, 2] x) => (float[2, 2] y)
   y = MatMul (x, d)
 }
 """
-    _, declines = proposals(Simplify(), program(body))
-    assert [d.reason for d in declines] == ["nothing to simplify."]
+    assert left_alone(program(body))
 
 
 def test_interface_is_kept_when_outputs_are_simplified_away():
@@ -335,9 +337,8 @@ agraph (float[2, 4, 6] q, float[2, 6, 4] k, MASK) => (float[2, 4, 4] y)
 )  # fmt: skip
 def test_nan_guard_goes_only_where_nothing_can_be_nan(mask: str, low: str, bias: str, kept: bool):
     before = program(GUARDED.replace("MASK", mask).replace("LOW", low).replace("BIAS", bias))
-    candidates, _ = proposals(Simplify(), before)
     if kept:
-        assert not candidates
+        assert left_alone(before)
         return
     after, _ = apply_all(Simplify(), before)
     assert "IsNaN" not in op_types(after)
@@ -350,7 +351,7 @@ def test_nan_guard_of_an_infinite_mask_stays():
         .replace("BIAS", "bias = Where (m, zero, low)")
     )
     before.set_weight(before.graph.initializers["low"], np.array(-np.inf, np.float32))
-    assert proposals(Simplify(), before)[0] == []
+    assert left_alone(before)
 
 
 def test_interval_of_an_unknown_operator_is_unknown():
@@ -393,4 +394,4 @@ def test_export_of_a_module_with_attention(tmp_path):
     inputs = random_inputs(before)
     assert_close(run_onnx(after, inputs), run_onnx(before, inputs), 1e-5)
     assert patch.before is before
-    assert proposals(Simplify(), after)[0] == []
+    assert left_alone(after)
