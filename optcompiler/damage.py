@@ -45,10 +45,26 @@ def kl(teacher: torch.Tensor, student: torch.Tensor) -> float:
 
 
 def nmse(teacher: torch.Tensor, student: torch.Tensor) -> float:
-    """Mean squared error relative to the variance of the teacher's output."""
+    """Mean squared error relative to the variance of the teacher's output.
+
+    Of finite elements; infinite where infinities are not in the same places.
+    """
     t, s = teacher.double(), student.double()
+    if not bool(t.isfinite().all()):
+        if not _same_where_not_finite(t, s):
+            return float("inf")
+        t, s = t[t.isfinite()], s[t.isfinite()]
+        if not t.numel():
+            return 0.0
     spread = float((t - t.mean()).square().mean()) or float(t.square().mean()) or 1.0
     return float((t - s).square().mean()) / spread
+
+
+def _same_where_not_finite(one: torch.Tensor, other: torch.Tensor) -> bool:
+    rest = ~one.isfinite()
+    return torch.equal(rest, ~other.isfinite()) and torch.equal(
+        one[rest].nan_to_num(), other[rest].nan_to_num()
+    )
 
 
 MEASURES: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {"kl": kl, "nmse": nmse}
@@ -161,11 +177,9 @@ def largest_error(expected: Sequence[Outputs], got: Sequence[Outputs]) -> float:
                 if not torch.equal(e, g):
                     return float("inf")
                 continue
-            finite = e.isfinite()
-            if not torch.equal(finite, g.isfinite()) or not torch.equal(
-                e[~finite].nan_to_num(), g[~finite].nan_to_num()
-            ):
+            if not _same_where_not_finite(e, g):
                 return float("inf")
+            finite = e.isfinite()
             if not bool(finite.any()):
                 continue
             scale = float(e[finite].abs().max()) or 1.0
@@ -174,8 +188,10 @@ def largest_error(expected: Sequence[Outputs], got: Sequence[Outputs]) -> float:
 
 
 def typical_error(expected: Sequence[Outputs], got: Sequence[Outputs]) -> float:
-    """The largest over outputs of rms(difference) / rms(expected); infinite for other shapes, types
-    or NaN."""
+    """The largest over outputs of rms(difference) / rms(expected), of finite elements.
+
+    Infinite for other shapes and types, and where NaNs or infinities are not in the same places.
+    """
     worst = 0.0
     for before, after in zip(expected, got, strict=True):
         for e, g in zip(before, after, strict=True):
@@ -184,6 +200,11 @@ def typical_error(expected: Sequence[Outputs], got: Sequence[Outputs]) -> float:
             if e.numel() == 0:
                 continue
             e, g = e.double(), g.double()
+            if not _same_where_not_finite(e, g):
+                return float("inf")
+            e, g = e[e.isfinite()], g[e.isfinite()]
+            if not e.numel():
+                continue
             scale = float(e.square().mean().sqrt()) or 1.0
             error = float((e - g).square().mean().sqrt()) / scale
             worst = max(worst, error if np.isfinite(error) else float("inf"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from optcompiler.damage import Judge, kl, largest_error, nmse
+from optcompiler.damage import Judge, kl, largest_error, nmse, typical_error
 from optcompiler.errors import InputError
 from optcompiler.ops import builtin_table
 from optcompiler.program import Program
@@ -65,6 +65,22 @@ def test_nmse_is_relative_to_the_variance() -> None:
     assert nmse(teacher, torch.tensor([1.0, 2.0, 3.0, 5.0])) == pytest.approx(0.25 / 1.25)
     assert nmse(10 * teacher, 10 * teacher.flip(0)) == nmse(teacher, teacher.flip(0))
     assert nmse(teacher, torch.full((4,), 2.5)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("other", [float("-inf"), float("inf"), float("nan")])
+def test_infinities_in_the_same_places_are_no_difference(other: float) -> None:
+    masked = torch.tensor([1.0, 2.0, 3.0, 4.0, other])
+    near = torch.tensor([1.0, 2.0, 3.0, 5.0, other])
+    assert nmse(masked, near) == pytest.approx(0.25 / 1.25)
+    assert typical_error([(masked,)], [(near,)]) == pytest.approx((0.25 / 7.5) ** 0.5)
+    assert largest_error([(masked,)], [(near,)]) == pytest.approx(0.25)
+    for apart in (torch.arange(5.0), torch.tensor([other, 2.0, 3.0, 4.0, other])):
+        assert nmse(masked, apart) == float("inf")
+        assert typical_error([(masked,)], [(apart,)]) == float("inf")
+        assert largest_error([(masked,)], [(apart,)]) == float("inf")
+    nothing = masked[4:]
+    assert nmse(nothing, nothing) == 0
+    assert typical_error([(nothing,)], [(nothing,)]) == 0
 
 
 def test_nmse_of_a_constant_teacher_is_relative_to_its_square() -> None:
