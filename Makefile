@@ -8,10 +8,10 @@ demo: $(VENV)/.installed ## train a small CNN on digits, compile it for cpu and 
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.installed ## every test
-	$(BIN)/python -m pytest -n auto -q
+	$(BIN)/python -m pytest -n auto --dist worksteal -q
 
 quick: $(VENV)/.installed ## tests that take under ten seconds each
-	$(BIN)/python -m pytest -n auto -q -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "not slow"
 
 fuzz: $(VENV)/.installed ## 10,000 graphs of the day through every oracle, under ten minutes on one core
 	$(BIN)/python -m tests.fuzz --graphs 10000
@@ -24,7 +24,7 @@ conformance: $(VENV)/.installed ## the ONNX backend suite against every subject,
 
 coverage: $(VENV)/.installed ## lines of optcompiler/ that the tests run; fails under 90%
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -n auto -q
+	$(BIN)/python -m coverage run -m pytest -n auto --dist worksteal -q
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --skip-covered
 

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# As many workers as cores run at once: threads of theirs, and of processes that tests start, would
+# wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
