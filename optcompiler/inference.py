@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 
 import onnx
+
+_OF_FOLLOWING = re.compile(r"Invalid rank for (Add|Sub|Mul) broadcasting: \(\d+\) vs \(\d+\)")
 
 LONGEST_FOLLOWED = 1 << 16
 """Elements of a vector whose values inference follows."""
@@ -18,16 +21,25 @@ def infer(model: onnx.ModelProto, *, strict: bool = True) -> onnx.ModelProto:
 
     Following values (onnx's data propagation) finds the shapes that a program computes. onnx keeps
     a protobuf for each element of every vector that it follows, whatever the vector's length or
-    type, so values are followed only where shapes are missing without, and no vector is long.
+    type, so values are followed only where shapes are missing without, and no vector is long. It
+    also takes whatever it follows to be a vector: a product of a column and a row of other lengths
+    is then an error of its own and not of the program, which it leaves out.
     """
     plain = onnx.shape_inference.infer_shapes(
         model, check_type=strict, strict_mode=strict, data_prop=False
     )
     if _settled(plain) or _follows_long_vector(plain.graph, {}):
         return plain
-    return onnx.shape_inference.infer_shapes(
-        model, check_type=strict, strict_mode=strict, data_prop=True
-    )
+    try:
+        return onnx.shape_inference.infer_shapes(
+            model, check_type=strict, strict_mode=strict, data_prop=True
+        )
+    except onnx.shape_inference.InferenceError as error:
+        if not _OF_FOLLOWING.search(str(error)):
+            raise
+        return onnx.shape_inference.infer_shapes(
+            model, check_type=strict, strict_mode=False, data_prop=True
+        )
 
 
 def _settled(model: onnx.ModelProto) -> bool:

@@ -583,3 +583,24 @@ def test_verify_reads_shapes_from_small_constants_and_copies_no_large_ones() -> 
     program.set_weight(program.value("s"), np.array([2, 2047]))
     with pytest.raises(VerificationError, match="not valid ONNX"):
         program.verify()
+
+
+def test_a_column_times_a_row_of_constants_has_a_shape():
+    """onnx follows the values of both and takes them for vectors, which it then cannot multiply."""
+    program = Program.from_text("""
+<ir_version: 10, opset_import: ["": 20]>
+agraph (float[n, 3] x) => (float[n, 4] y)
+<int64[3, 1] column = {1, 2, 3}, int64[1] first = {0}> {
+  row = Constant <value = int64[4] {0, 1, 2, 3}> ()
+  line = Unsqueeze (row, first)
+  flat = Constant <value = int64[3] {1, 2, 3}> ()
+  last = Constant <value = int64[1] {1}> ()
+  upright = Unsqueeze (flat, last)
+  products = Mul (upright, line)
+  weights = Cast <to = 1> (products)
+  y = MatMul (x, weights)
+}
+""")
+    program.infer_shapes()
+    [products] = [v for n in program.graph for v in n.outputs if v.name == "products"]
+    assert products.shape == ir.Shape([3, 4])
