@@ -29,6 +29,7 @@ import torch
 from benchmarks.decoder import Shape, used_bytes, write
 from benchmarks.graphs import KINDS
 from optcompiler import Registry
+from optcompiler.collecting import collecting_seldom
 from optcompiler.compiler import session_for
 from optcompiler.pipeline import resolve
 from optcompiler.program import Program
@@ -192,12 +193,13 @@ def main() -> None:
     growth.add_argument("--passes", default="")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.command == "decoder":
-        shape = Shape(layers=options.layers, tokens=options.tokens)
-        decoder(shape, options.type, options.save)
-    else:
-        sizes = [int(s) for s in options.sizes.split(",")]
-        nodes(options.kinds.split(","), sizes, [p for p in options.passes.split(",") if p])
+    with collecting_seldom():
+        if options.command == "decoder":
+            shape = Shape(layers=options.layers, tokens=options.tokens)
+            decoder(shape, options.type, options.save)
+        else:
+            sizes = [int(s) for s in options.sizes.split(",")]
+            nodes(options.kinds.split(","), sizes, [p for p in options.passes.split(",") if p])
 
 
 if __name__ == "__main__":

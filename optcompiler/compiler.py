@@ -16,6 +16,7 @@ from optcompiler.batching import Batched
 from optcompiler.binding import resolved
 from optcompiler.budget import Budget
 from optcompiler.choices import Choices, Consulted
+from optcompiler.collecting import collecting_seldom
 from optcompiler.compiled import Compiled
 from optcompiler.contract import EXACT, protected, protected_batch
 from optcompiler.cost import DeviceProfile, nominal_profile
@@ -102,7 +103,7 @@ def compile(
     """
     lock = read_lock(locked) if locked is not None else None
     threads = arithmetic()["threads"] if timing else 1
-    with arithmetic_threads(lock.threads if lock else threads):
+    with collecting_seldom(), arithmetic_threads(lock.threads if lock else threads):
         job = Job.prepare(
             model, example_inputs, target=target, precision=precision, calibration=calibration,
             budget=budget or Budget(), passes=passes, dynamic=dynamic, damage=damage,
