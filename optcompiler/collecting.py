@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 YOUNG = 50_000
@@ -20,7 +20,7 @@ _before: tuple[int, int, int] = (0, 0, 0)
 
 
 @contextmanager
-def collecting_seldom() -> Iterator[None]:
+def collecting_seldom() -> Generator[None]:
     """While any thread is inside, `YOUNG` is the least threshold of the youngest generation.
 
     A collector that is off stays off, and the thresholds are put back in the end.
