@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick fuzz hostile conformance coverage mutants check format benchmark clean
+.PHONY: demo test quick fuzz hostile conformance coverage mutants check format benchmark peers clean
 
 demo: $(VENV)/.installed ## train a small CNN on digits, compile it for cpu and onnxruntime, print the table
 	$(BIN)/python examples/digits.py
@@ -44,6 +44,10 @@ format: $(VENV)/.installed
 benchmark: $(VENV)/.installed ## the table of docs/benchmarks.md (needs the benchmark extra)
 	$(BIN)/pip install -q -c constraints.txt -e '.[benchmark]'
 	$(BIN)/python benchmarks/spine.py
+
+peers: $(VENV)/.installed ## latency of cpu beside ONNX Runtime, OpenVINO and torch.compile: hours; see its options
+	$(BIN)/pip install -q -c constraints.txt -e '.[benchmark,peers]'
+	$(BIN)/python benchmarks/cpu.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

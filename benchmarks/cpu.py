@@ -1,170 +1,148 @@
-"""Latency of the `cpu` backend beside ONNX Runtime, OpenVINO and torch.compile, fp32 and int8.
+"""Latency of the `cpu` backend beside ONNX Runtime, OpenVINO and torch.compile.
 
     pip install -c constraints.txt -e '.[benchmark,peers]'
-    python benchmarks/cpu.py                                   # every model, batch 1, one thread
-    python benchmarks/cpu.py --models resnet18,vit --threads 1,2 --batch 1,8
+    python benchmarks/cpu.py                                     # everything: hours
+    python benchmarks/cpu.py --models resnet18,vit --threads 1 --batches 1 --repeats 5
+    python benchmarks/cpu.py --kernels minilm --precisions int8 --threads 1 --batches 1
 
-Each model, batch and number of threads is a process of its own, pinned to as many cores; in it all
-tools are timed in turn, so that a drifting machine drifts for all. The models' int8 budgets are
-unbounded here, as the peers' are: what int8 costs in accuracy is `benchmarks/quality.py`'s subject.
-Fractions are of what the same core reached just before on independent products (`peaks.c`).
+Each model, batch and number of threads is a process of its own, pinned to as many cores. In it all
+tools are built and warmed, then timed in turn in rounds, so that a drifting machine drifts for all;
+a number is the median of the rounds. Ours in int8 has no budget for accuracy here and nothing is
+tuned for it, as the peers have none. Fractions of peak count the float model's multiply-accumulates
+against what the same core reached in the same process on products in registers (`peaks.c`).
+`--kernels` prints each kernel of ours beside its floor in place of the peers.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-PASSES = (
-    "simplify", "fold-batchnorm", "prune-dead-channels", "insert-qdq", "pack-weights",
-    "move-integers", "fuse-operators",
-)  # fmt: skip
+from measuring import RESULT, Task
+from models import SPEED_CASES
+from peers import PEERS
+from roofline import kernel_table
+from tables import remarks, table
+
+PRECISIONS = ("fp32", "int8", "bf16")
 
 
-def peaks() -> dict[str, float]:
-    """Giga operations a second of one core by data type."""
-    with tempfile.TemporaryDirectory() as directory:
-        program = Path(directory) / "peaks"
-        subprocess.run(
-            [os.environ.get("CC", "cc"), "-O2", HERE / "peaks.c", "-o", program], check=True
-        )
-        printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    return dict(zip(("int8", "bf16", "fp32"), map(float, printed.split()), strict=True))
+def chosen(text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"{what} {name!r} is not known; give of {', '.join(known)}.")
+    return names
 
 
-# -- one model, batch and number of threads, in a process of its own ----------------------------
+def installed(peers: Sequence[str], precisions: Sequence[str]) -> tuple[str, ...]:
+    """Those peers that can run at some of the precisions; says which cannot, and why."""
+    kept: list[str] = []
+    for name in peers:
+        peer = PEERS[name]
+        usable = 0
+        for precision in precisions:
+            needed = peer.packages.get(precision, [])
+            missing = [p for p in needed if importlib.util.find_spec(p) is None]
+            if missing:
+                say(f"{peer.title} {precision} is skipped: {', '.join(missing)} is not installed")
+            usable += bool(needed) and not missing
+        if usable:
+            kept.append(name)
+    return tuple(kept)
 
 
-def measure(name: str, batch: int, threads: int, precisions: Sequence[str]) -> dict[str, Any]:
-    sys.path.insert(0, str(HERE))
-    import torch
-    from models import SPEED_CASES
-    from peers import PEERS, made, samples
-
-    import optcompiler as oc
-    from optcompiler.device import interleaved_us
-
-    os.sched_setaffinity(0, range(threads))
-    torch.set_num_threads(threads)
-    case = SPEED_CASES[name]()
-    inputs = tuple(torch.cat([t] * batch) for t in case.inputs)
-    calls: dict[str, Any] = {}
-    failed: dict[str, str] = {}
-    macs = 0
-    for precision in precisions:
-        compiled = oc.compile(
-            case.module, inputs, target=oc.Target("cpu", threads=threads), precision=precision,
-            calibration=samples(case, inputs) if precision != "fp32" else None,
-            budget=oc.Budget(max_damage=float("inf")), passes=PASSES,
+def run(task: Task, show: bool) -> dict[str, Any] | str:
+    """The result of a process of its own, or why there is none."""
+    start = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads),
+                   "MKL_NUM_THREADS": str(task.threads)}  # fmt: skip
+    command = [sys.executable, str(Path(__file__).with_name("measuring.py")),
+               json.dumps(asdict(task))]  # fmt: skip
+    with tempfile.TemporaryFile("w+") as errors:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=None if show else errors, text=True,
+            env=environment, check=False,
         )  # fmt: skip
-        macs = macs or compiled.measurements["macs"]["before"]
-        calls[f"optcompiler {precision}"] = compiled
-        peers, missing = made(PEERS.get(precision, {}), case, inputs, threads)
-        calls |= {f"{k} {precision}": v for k, v in peers.items()}
-        failed |= {f"{k} {precision}": v for k, v in missing.items()}
-    rates = peaks()
-    times = interleaved_us([lambda c=c: c(*inputs) for c in calls.values()], seconds=3.0)
-    return {
-        "model": case.name, "batch": batch, "threads": threads, "macs": macs, "peaks": rates,
-        "us": dict(zip(calls, times, strict=True)), "failed": failed,
-    }  # fmt: skip
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or [""])[-1]
+    say(f"{task.model}, batch {task.batch}, {task.threads} threads: "
+        f"{time.perf_counter() - start:.0f} s")  # fmt: skip
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith(RESULT):
+            return json.loads(line.removeprefix(RESULT))
+    return f"exit status {done.returncode}: {last}"
 
 
-# -- the table ------------------------------------------------------------------------------------
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-def row_of(found: Mapping[str, Any], precision: str) -> dict[str, Any] | None:
-    times = {k: v for k, v in found["us"].items() if k.endswith(f" {precision}")}
-    ours = times.pop(f"optcompiler {precision}", None)
-    if ours is None or not times:
-        return None
-    peer, least = min(times.items(), key=lambda pair: pair[1])
-    rate = 2 * found["macs"] / ours / 1e3
-    return {
-        "ours_us": ours, "peer": peer.removesuffix(f" {precision}"), "peer_us": least,
-        "ratio": least / ours, "of_peak": rate / (found["peaks"][precision] * found["threads"]),
-        "times": times,
-    }  # fmt: skip
-
-
-def table(results: Sequence[Mapping[str, Any]], precisions: Sequence[str]) -> None:
+def show(results: Sequence[Mapping[str, Any]], precisions: Sequence[str]) -> None:
     for precision in precisions:
-        print(f"\n{precision}\n")
-        print(
-            "| model | batch | threads | ours µs | best peer | µs | × best peer | of peak "
-            "| all peers µs |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|")
-        ratios: dict[tuple[int, int], list[float]] = {}
-        for found in results:
-            row = row_of(found, precision)
-            if row is None:
-                continue
-            ratios.setdefault((found["batch"], found["threads"]), []).append(row["ratio"])
-            others = ", ".join(
-                f"{k.removesuffix(f' {precision}')} {v:.0f}" for k, v in row["times"].items()
-            )
-            cells = (
-                found["model"], found["batch"], found["threads"], f"{row['ours_us']:.0f}",
-                row["peer"], f"{row['peer_us']:.0f}", f"{row['ratio']:.2f}",
-                f"{100 * row['of_peak']:.0f} %", others,
-            )  # fmt: skip
-            print("| " + " | ".join(map(str, cells)) + " |")
-        for (batch, threads), values in sorted(ratios.items()):
-            mean = math.exp(sum(map(math.log, values)) / len(values))
-            print(
-                f"\nbatch {batch}, {threads} threads: geometric mean {mean:.2f}×, "
-                f"least {min(values):.2f}×, of {len(values)} models"
-            )
-    for found in results:
-        for who, why in found["failed"].items():
-            print(f"{found['model']}, batch {found['batch']}: {who} failed: {why}", file=sys.stderr)
+        print(f"\n## {precision}\n\n{table(results, precision) or 'nothing ran'}")
+    print("\n" + "\n".join(remarks(results)))
+
+
+def show_kernels(results: Sequence[Mapping[str, Any]]) -> None:
+    for result in results:
+        for precision, found in result["kernels"].items():
+            print(f"\n## {result['model']}, {precision}, batch {result['batch']}, "
+                  f"{result['threads']} threads\n\n{kernel_table(found)}")  # fmt: skip
 
 
 def main() -> None:
-    sys.path.insert(0, str(HERE))
-    from models import SPEED_CASES
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", default=",".join(SPEED_CASES))
-    parser.add_argument("--batch", default="1")
-    parser.add_argument("--threads", default="1")
-    parser.add_argument("--precisions", default="fp32,int8")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default=",".join(SPEED_CASES), help="default: %(default)s")
+    parser.add_argument("--precisions", default="fp32,int8", help="default: %(default)s")
+    parser.add_argument("--threads", default="1,2", help="default: %(default)s")
+    parser.add_argument("--batches", default="1,8", help="default: %(default)s")
+    parser.add_argument("--peers", default=",".join(PEERS), help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds; default: %(default)s")
     parser.add_argument("--json", type=Path, help="keep the measurements in this file")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--kernels", metavar="MODEL", help="our kernels of this model alone")
+    parser.add_argument("--verbose", action="store_true", help="show what the tools print")
     options = parser.parse_args()
-    precisions = options.precisions.split(",")
-    if options.worker:
-        found = measure(options.models, int(options.batch), int(options.threads), precisions)
-        print("RESULT " + json.dumps(found))
-        return
+    wanted = options.kernels or options.models
+    models = chosen(wanted, list(SPEED_CASES), "model")
+    precisions = chosen(options.precisions, PRECISIONS, "precision")
+    peers = installed(chosen(options.peers, list(PEERS), "peer"), precisions)
+    cores = sorted(os.sched_getaffinity(0))
+    threads = [int(n) for n in options.threads.split(",")]
+    if max(threads) > len(cores):
+        raise SystemExit(f"--threads {max(threads)}: this process may use {len(cores)} cores.")
     results: list[dict[str, Any]] = []
-    for batch in options.batch.split(","):
-        for threads in options.threads.split(","):
-            for name in options.models.split(","):
-                command = [
-                    sys.executable, __file__, "--worker", "--models", name, "--batch", batch,
-                    "--threads", threads, "--precisions", options.precisions,
-                ]  # fmt: skip
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-                if line is None:
-                    print(f"{name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-                    continue
-                results.append(json.loads(line.removeprefix("RESULT ")))
-                print(f"{name}, batch {batch}, {threads} threads: done", file=sys.stderr)
-    table(results, precisions)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+    for model in models:
+        for batch in map(int, options.batches.split(",")):
+            with tempfile.TemporaryDirectory() as directory:
+                for count in threads:
+                    task = Task(
+                        model, batch, tuple(cores[:count]), precisions, peers, options.repeats,
+                        directory, options.kernels is not None,
+                    )  # fmt: skip
+                    found = run(task, options.verbose)
+                    if isinstance(found, str):
+                        say(f"{model}, batch {batch}, {count} threads failed: {found}")
+                        continue
+                    results.append(found)
+                    if options.json:
+                        options.json.write_text(json.dumps(results, indent=1))
+    if options.kernels:
+        show_kernels(results)
+    else:
+        show(results, precisions)
 
 
 if __name__ == "__main__":
