@@ -163,7 +163,10 @@ def _rules() -> list[Any]:
 
 
 class _AtRoot:
-    """A rule of the rewriter that is tried only at nodes of its pattern's root operator."""
+    """A rule of the rewriter that is tried only at nodes of its pattern's root operator.
+
+    Nor in the bodies of functions, whose values have no types; rules ask for those.
+    """
 
     def __init__(self, rule: Any) -> None:
         pattern = rule._target_pattern  # the rewriter asks for it at every node
@@ -173,6 +176,8 @@ class _AtRoot:
     def try_rewrite(self, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
         if self._operator is not None and self._operator != (node.domain, node.op_type):
             return None
+        if isinstance(graph, ir.Function):
+            return None
         return self._rule.try_rewrite(model, graph, node, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -180,9 +185,16 @@ class _AtRoot:
 
 
 def _bypass(node: ir.Node, value: ir.Value) -> None:
-    """Let readers of the node's result read `value`, unless the result is an output."""
-    if not node.outputs[0].is_graph_output():
-        node.outputs[0].replace_all_uses_with(value)
+    """Let readers of the node's result read `value`; where it is an output, by an Identity."""
+    result = node.outputs[0]
+    if not result.is_graph_output():
+        result.replace_all_uses_with(value)
+        return
+    graph = node.graph
+    assert graph is not None
+    made = ir.Value(name=result.name, type=result.type, shape=result.shape)
+    identity = ir.Node("", "Identity", [value], outputs=[made], name=node.name)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [identity], [result], [made])
 
 
 def _without_identity(node: ir.Node) -> None:
