@@ -55,7 +55,11 @@ def lower_reduce(low: Lowering, node: ir.Node) -> None:
         array = low.array(node.inputs[1])
         given = _declared_axes(low, node) if array is None else array.tolist()
     if not given and attributes.get("noop_with_empty_axes"):
-        low.exprs[out] = low.expr(x)
+        # nothing is summed, but each element is still squared
+        value = low.expr(x)
+        if REDUCE[node.op_type] == "sumsq":
+            value = call("abs", value) if node.op_type == "ReduceL2" else call("mul", value, value)
+        low.exprs[out] = value
         return
     axes = tuple(sorted(int(a) % len(space) for a in given)) if given else tuple(range(len(space)))
     if any(a not in range(-len(space), len(space)) for a in given or ()):
