@@ -28,7 +28,7 @@ WEIGHTS = "net.weights"
 def emit(program: Program, isa: Isa) -> tuple[Lowered, Module]:
     """The program in the form that is printed, and the text and weights of its artifact."""
     lowered = lower(program, plan=False)
-    legalize(lowered)
+    legalize(lowered, isa)
     plan(lowered)
     return lowered, print_module(lowered, isa)
 
@@ -36,8 +36,8 @@ def emit(program: Program, isa: Isa) -> tuple[Lowered, Module]:
 class CpuBackend(Backend):
     """Writes C11 with GCC's intrinsics and compiles it with `CC`.
 
-    Option `isa`: "avx512_vnni", "avx2", "portable", or "native" (the default: the best this machine
-    has). Integer arithmetic gives the same numbers on each.
+    Option `isa`: "amx_int8", "avx512_vnni", "avx2", "portable", or "native" (the default: the best
+    this machine has). Integer arithmetic gives the same numbers on each.
     """
 
     name = "cpu"

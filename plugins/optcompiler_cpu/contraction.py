@@ -14,9 +14,10 @@ import numpy as np
 
 from optcompiler.lowering.build import view_array
 from optcompiler.lowering.ir import Conv, MatMul, View, loads, product
+from optcompiler_cpu.amx import AMX, amx_rows, print_amx_tile
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.expressions import Place, VectorPrinter
-from optcompiler_cpu.isa import Isa
+from optcompiler_cpu.isa import Isa, Tiling
 from optcompiler_cpu.loops import HEADER
 
 
@@ -62,10 +63,10 @@ class Shape:
         return tuple(strides[g[-1]] for g in self.groups_of_rows)
 
 
-def column_blocks(n: int, isa: Isa) -> list[tuple[int, int]]:
+def column_blocks(n: int, isa: Isa, tiling: Tiling) -> list[tuple[int, int]]:
     """(first column, vectors) of panels of even width that cover `n` columns."""
     vectors = -(-n // isa.lanes)
-    count = -(-vectors // isa.widest)
+    count = -(-vectors // tiling.widest)
     blocks: list[tuple[int, int]] = []
     start = 0
     for i in range(count):
@@ -75,10 +76,9 @@ def column_blocks(n: int, isa: Isa) -> list[tuple[int, int]]:
     return blocks
 
 
-def tile_rows(rows: int, vectors: int, isa: Isa, integer: bool) -> int:
+def tile_rows(rows: int, vectors: int, tiling: Tiling) -> int:
     """The tile height that divides `rows` most evenly."""
-    tallest = (isa.integer_heights if integer else isa.heights)[vectors]
-    return -(-rows // -(-rows // tallest))
+    return -(-rows // -(-rows // tiling.heights[vectors]))
 
 
 def pack(matrix: np.ndarray, blocks: list[tuple[int, int]], isa: Isa, integer: bool) -> np.ndarray:
@@ -119,22 +119,20 @@ def conv_shape(step: Conv) -> Shape:
     )
 
 
-def conv_matrix(step: Conv, shape: Shape) -> list[np.ndarray]:
+def conv_matrix(step: Conv, shape: Shape, multiple: int) -> list[np.ndarray]:
     """Weights of each group as [outer * inner * padded length, N]."""
     weights = view_array(step.b.view)
     result: list[np.ndarray] = []
     for g in range(step.groups):
         part = weights[g * shape.n : (g + 1) * shape.n].transpose(2, 3, 1, 0)
         result.append(
-            _padded(part.reshape(shape.outer * shape.inner, shape.length, shape.n), shape)
+            _padded(part.reshape(shape.outer * shape.inner, shape.length, shape.n), multiple)
         )
     return result
 
 
-def _padded(runs: np.ndarray, shape: Shape) -> np.ndarray:
-    if shape.integer and shape.length % 4:
-        extra = 4 - shape.length % 4
-        runs = np.pad(runs, ((0, 0), (0, extra), (0, 0)))
+def _padded(runs: np.ndarray, multiple: int) -> np.ndarray:
+    runs = np.pad(runs, ((0, 0), (0, -runs.shape[1] % multiple), (0, 0)))
     return runs.reshape(-1, runs.shape[-1])
 
 
@@ -163,19 +161,21 @@ def prepared(step: MatMul) -> bool:
 def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
     if isinstance(step, Conv):
         shape = conv_shape(step)
-        matrices = conv_matrix(step, shape)
+        tiling = isa.tiling(shape.integer, product(shape.dims))
+        matrices = conv_matrix(step, shape, tiling.step)
     else:
         shape = matmul_shape(step)
         if not prepared(step):
             return _dynamic(step, shape, isa)
+        tiling = isa.tiling(shape.integer, product(shape.dims))
         array = view_array(step.b.view)
         matrix = array.reshape(-1, *array.shape[-2:])[0]
-        matrices = [_padded(matrix[None], shape)]
+        matrices = [_padded(matrix[None], tiling.step)]
     shape = merge_rows(step, shape)
     pointers = Pointers()
     a = pointers.view(shape.a)
     rows = product(shape.dims)
-    blocks, panels, starts = _panels(matrices, shape, rows, isa)
+    blocks, panels, starts = _panels(matrices, shape, rows, isa, tiling)
     integer = shape.integer
     pointers.data("w", panels, "int8_t" if integer else "float")
     pointers.data("init", _initial(step, matrices, blocks, isa), "int32_t" if integer else "float")
@@ -183,15 +183,20 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         pointers.data("scale", _scales(step, isa), "float")
     total = sum(b.tiles for b in blocks)
     epilogue, args = print_epilogue(step, shape, pointers, isa)
-    kind = "u8" if integer else "f32"
     table = ", ".join(
         f"{{{b.n}, {b.stop}, {b.vectors}, {b.rows}, {b.tiles}, {i}, {b.a}, {b.w}}}"
         for b, i in zip(blocks, starts, strict=True)
     )
-    tiles = {(kind, b.vectors, r) for b in blocks for r in (b.rows, rows - (b.tiles - 1) * b.rows)}
+    amx = tiling.kind == AMX
+    tiles = {
+        (tiling.kind, b.vectors, r)
+        for b in blocks
+        for r in ((b.rows,) if amx else (b.rows, rows - (b.tiles - 1) * b.rows))
+    }
     body = [
         f"static const struct oc_block blocks[] = {{{table}}};",
         "(void)scratch;",
+        *([f"amx_begin({blocks[0].rows});"] if amx else []),
         "int t = 0;",
         f"const int first = (int)((long)part * {total} / parts);",
         f"const int last = (int)((long)(part + 1) * {total} / parts);",
@@ -200,9 +205,13 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         "  for (int i = 0; i < k.tiles; ++i, ++t) {",
         "    if (t < first || t >= last) continue;",
         f"    const int m = i * k.rows, rows = m + k.rows <= {rows} ? k.rows : {rows} - m;",
-        *(f"    {line}" for line in _tile_call(shape, a, "k.w + w", "init + k.init", tiles, args)),
+        *(
+            f"    {line}"
+            for line in _tile_call(shape, a, "k.w + w", "init + k.init", tiles, args, tiling)
+        ),
         "  }",
         "}",
+        *(["amx_end();"] if amx else []),
     ]
     body = [*pointers.declarations(body), *body]
     text = f"{epilogue}\n{HEADER} {{\n{indent(body)}\n}}\n"
@@ -210,15 +219,15 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
 
 
 def _tile_call(
-    shape: Shape, a: str, w: str, init: str, tiles: set[tuple[str, int, int]], args: list[str]
-) -> list[str]:
+    shape: Shape, a: str, w: str, init: str, tiles: set[tuple[str, int, int]], args: list[str],
+    tiling: Tiling,
+) -> list[str]:  # fmt: skip
     """Row addresses, the tile by its size, and the epilogue. `m`, `rows` and `k` are in scope."""
-    kind = "u8" if shape.integer else "f32"
     ctype, item = ("int32_t", "uint8_t") if shape.integer else ("float", "float")
     tallest = max(r for _, _, r in tiles)
     room = max(v * r for _, v, r in tiles)
     names = [f"i{d}" for d in range(len(shape.dims))]
-    length = -(-shape.length // 4) if shape.integer else shape.length
+    length = -(-shape.length // tiling.step)
     offsets = "".join(f", r{i}" for i, _ in enumerate(args))
     numbers = f"{shape.outer}, {shape.outer_stride}, {shape.inner}, {shape.inner_stride}, {length}"
     lines = [
@@ -231,29 +240,39 @@ def _tile_call(
         f"  at[r] = {a} + {linear(names, shape.a_strides, shape.a.offset)} + k.a;",
         *(f"  r{i}[r] = {text};" for i, text in enumerate(args)),
         "}",
-        "switch (k.vectors * 32 + rows) {",
-        *(
-            f"  case {v * 32 + r}: tile_{kind}_{r}x{v}(at, {numbers}, {w}, {init}, acc); break;"
-            for _, v, r in sorted(tiles)
-        ),
-        "}",
+        *_tile_by_size(tiles, f"{numbers}, {w}, {init}, acc", tiling),
         f"@_store(rows, k.n, k.stop, k.vectors * VL, acc, q{offsets});",
     ]
     return lines
 
 
+def _tile_by_size(tiles: set[tuple[str, int, int]], numbers: str, tiling: Tiling) -> list[str]:
+    if tiling.kind == AMX:  # one height, whose tile is told how many rows there are
+        of, name = "k.vectors", "case {v}: {tile}(at, rows, {numbers}); break;"
+    else:
+        of, name = "k.vectors * 32 + rows", "case {size}: {tile}(at, {numbers}); break;"
+    cases = (
+        name.format(v=v, size=v * 32 + r, tile=tile_name(kind, v, r), numbers=numbers)
+        for kind, v, r in sorted(tiles)
+    )
+    return [f"switch ({of}) {{", *(f"  {case}" for case in cases), "}"]
+
+
 def _panels(
-    matrices: list[np.ndarray], shape: Shape, rows: int, isa: Isa
+    matrices: list[np.ndarray], shape: Shape, rows: int, isa: Isa, tiling: Tiling
 ) -> tuple[list[Block], np.ndarray, list[int]]:
     blocks: list[Block] = []
     starts: list[int] = []
     packed: list[np.ndarray] = []
     at = column = 0
     for group, matrix in enumerate(matrices):
-        columns = column_blocks(shape.n, isa)
+        columns = column_blocks(shape.n, isa, tiling)
         packed.append(pack(matrix, columns, isa, shape.integer))
         for n, vectors in columns:
-            height = tile_rows(rows, vectors, isa, shape.integer)
+            if tiling.kind == AMX:
+                height = amx_rows(rows, shape.dims[-1], tiling.heights[vectors])
+            else:
+                height = tile_rows(rows, vectors, tiling)
             width = vectors * isa.lanes
             first = group * shape.n + n
             stop = group * shape.n + min(shape.n, n + width)
@@ -384,15 +403,15 @@ def _dynamic(step: MatMul, shape: Shape, isa: Isa) -> KernelCode:
     *batch, m = shape.dims
     units = product(tuple(batch))
     k = shape.length
-    columns = column_blocks(shape.n, isa)
-    height = {v: tile_rows(m, v, isa, False) for _, v in columns}
+    columns = column_blocks(shape.n, isa, isa.floats)
+    height = {v: tile_rows(m, v, isa.floats) for _, v in columns}
     blocks = [
         Block(n, min(shape.n, n + v * isa.lanes), v, height[v], -(-m // height[v]), 0, 0)
         for n, v in columns
     ]
-    zeros = np.zeros(isa.widest * isa.lanes, np.float32)
+    zeros = np.zeros(isa.floats.widest * isa.lanes, np.float32)
     if step.bias is not None:
-        zeros = np.zeros(columns[-1][0] + isa.widest * isa.lanes, np.float32)
+        zeros = np.zeros(columns[-1][0] + isa.floats.widest * isa.lanes, np.float32)
         zeros[: shape.n] = step.bias
     pointers.data("init", zeros, "float")
     b = pointers.view(step.b.view)
@@ -422,18 +441,23 @@ def _dynamic(step: MatMul, shape: Shape, isa: Isa) -> KernelCode:
         "    const int inside = i * k.rows;",
         f"    const int rows = inside + k.rows <= {m} ? k.rows : {m} - inside;",
         f"    const long m = unit * {m} + inside;",
-        *(f"    {line}" for line in _tile_call(shape, a, "panel", "init + k.init", tiles, args)),
+        *(
+            f"    {line}"
+            for line in _tile_call(shape, a, "panel", "init + k.init", tiles, args, isa.floats)
+        ),
         "  }",
         "}",
     ]
     body = [*pointers.declarations(body), *body]
     text = f"{epilogue}\n{HEADER} {{\n{indent(body)}\n}}\n"
-    scratch = k * isa.widest * isa.lanes * 4
+    scratch = k * isa.floats.widest * isa.lanes * 4
     return KernelCode(text, pointers.finish(), scratch_bytes=scratch, tiles=frozenset(tiles))
 
 
 def print_tile(kind: str, vectors: int, rows: int) -> str:
     """A register tile: `rows x vectors` named accumulators over all of K."""
+    if kind == AMX:
+        return print_amx_tile(vectors, rows)
     integer = kind == "u8"
     item, weight, total, v = (
         ("uint8_t", "int8_t", "int32_t", "vi") if integer else ("float", "float", "float", "vf")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,58 +14,109 @@ from optcompiler.errors import InputError
 
 
 @dataclass(frozen=True)
-class Isa:
-    """`lanes` floats a vector; `heights` rows of accumulators by vectors across a tile.
+class Tiling:
+    """Register tiles of one kind: the greatest number of rows by vectors across.
 
-    Heights leave registers for the vectors of weights and one broadcast: with 32 registers
-    6 x 4 accumulators, with 16 registers 6 x 2; integers without VNNI hold each vector of weights
-    twice.
+    `step` elements of K are taken at a time, so runs of integers are padded to it. A product of
+    fewer than `least_rows` rows is left to the next kind.
     """
 
-    name: str
-    macro: str
-    flags: tuple[str, ...]
-    lanes: int
+    kind: str
     heights: Mapping[int, int]
-    integer_heights: Mapping[int, int]
-    needs: frozenset[str]
+    step: int = 1
+    least_rows: int = 1
 
     @property
     def widest(self) -> int:
         return max(self.heights)
 
 
+@dataclass(frozen=True)
+class Isa:
+    """`lanes` floats a vector; register tiles for floats, and for integers by preference.
+
+    Heights leave registers for the vectors of weights and one broadcast: with 32 registers
+    6 x 4 accumulators, with 16 registers 6 x 2; integers without VNNI hold each vector of weights
+    twice. AMX has eight registers of 16 x 16: two by two accumulators, two of either operand.
+    """
+
+    name: str
+    macro: str
+    flags: tuple[str, ...]
+    lanes: int
+    floats: Tiling
+    integers: tuple[Tiling, ...]
+    needs: frozenset[str]
+
+    def tiling(self, integer: bool, rows: int) -> Tiling:
+        """The register tiles for a product of so many rows."""
+        if not integer:
+            return self.floats
+        return next(t for t in self.integers if rows >= t.least_rows)
+
+
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma",
+           "-mprefer-vector-width=512")  # fmt: skip
+_AVX512_NEEDS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"})
+_OF_32 = {4: 6, 3: 8, 2: 12, 1: 16}
+_VNNI = Tiling("u8", _OF_32, step=4)
+
 ISAS = {
     isa.name: isa
     for isa in (
         Isa(
+            "amx_int8",
+            "OC_AMX",
+            ("-DOC_AVX512_VNNI", *_AVX512, "-mamx-tile", "-mamx-int8"),
+            16,
+            Tiling("f32", _OF_32),
+            (Tiling("amx", {2: 32, 1: 32}, step=64, least_rows=8), _VNNI),
+            _AVX512_NEEDS | {"amx_tile", "amx_int8"},
+        ),
+        Isa(
             "avx512_vnni",
             "OC_AVX512_VNNI",
-            ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma",
-             "-mprefer-vector-width=512"),
+            _AVX512,
             16,
-            {4: 6, 3: 8, 2: 12, 1: 16},
-            {4: 6, 3: 8, 2: 12, 1: 16},
-            frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}),
+            Tiling("f32", _OF_32),
+            (_VNNI,),
+            _AVX512_NEEDS,
         ),
         Isa(
             "avx2",
             "OC_AVX2",
             ("-mavx2", "-mfma"),
             8,
-            {2: 6, 1: 8},
-            {2: 4, 1: 8},
+            Tiling("f32", {2: 6, 1: 8}),
+            (Tiling("u8", {2: 4, 1: 8}, step=4),),
             frozenset({"avx2", "fma"}),
         ),
-        Isa("portable", "OC_PORTABLE", (), 4, {2: 4, 1: 6}, {2: 4, 1: 6}, frozenset()),
+        Isa(
+            "portable",
+            "OC_PORTABLE",
+            (),
+            4,
+            Tiling("f32", {2: 4, 1: 6}),
+            (Tiling("u8", {2: 4, 1: 6}, step=4),),
+            frozenset(),
+        ),
     )
-}  # fmt: skip
+}
 """By name, best first."""
 
 
 def supported(isa: Isa) -> bool:
     """Whether this machine can run code for `isa`."""
-    return isa.needs <= cpu_flags()
+    return isa.needs <= cpu_flags() and ("amx_tile" not in isa.needs or _may_use_tiles())
+
+
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Whether the kernel lets this process use AMX's registers, which it must be asked for."""
+    if not sys.platform.startswith("linux"):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def cpu_flags() -> frozenset[str]:

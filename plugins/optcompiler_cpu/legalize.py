@@ -38,6 +38,7 @@ from optcompiler.lowering.ir import (
     walk,
 )
 from optcompiler_cpu.expressions import vectorisable
+from optcompiler_cpu.isa import Isa
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,11 +48,11 @@ class Halo(Step):
     pads: tuple[int, int, int, int]
 
 
-def legalize(lowered: Lowered) -> None:
-    """Rewrite `lowered.steps` in place."""
+def legalize(lowered: Lowered, isa: Isa) -> None:
+    """Rewrite `lowered.steps` in place, for kernels of `isa`."""
     _vectors(lowered)
     _unsigned(lowered)
-    _room_to_read(lowered)
+    _room_to_read(lowered, isa)
     _halos(lowered)
 
 
@@ -121,15 +122,15 @@ def _unsigned(lowered: Lowered) -> None:
     lowered.steps = steps
 
 
-def _room_to_read(lowered: Lowered) -> None:
-    """Integer kernels read up to three bytes past a row: not from memory that is not ours."""
+def _room_to_read(lowered: Lowered, isa: Isa) -> None:
+    """Integer kernels read whole steps of K, past the end of a row: only in memory of our own."""
     steps: list[Step] = []
     for step in lowered.steps:
         if (
             isinstance(step, MatMul)
             and step.a.quantization is not None
             and step.a.view.buffer.kind != "temp"
-            and step.a.view.shape[-1] % 4
+            and step.a.view.shape[-1] % isa.tiling(True, product(step.a.view.shape[:-1])).step
         ):
             steps.append(copy := _copy(lowered, step, row_major(step.a.view.shape)))
             step = replace(step, a=replace(step.a, view=copy.out))

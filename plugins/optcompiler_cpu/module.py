@@ -134,6 +134,9 @@ def print_module(lowered: Lowered, isa: Isa) -> Module:
         if any(SCALAR_HELPERS.search(text) for text in unit):
             headers.append("scalar.h")
             sources["scalar.h"] = (runtime / "scalar.h").read_text()
+        if any("amx_" in text for text in unit):
+            headers.append("amx.h")
+            sources["amx.h"] = (runtime / "amx.h").read_text()
         if any("winograd_" in text for text in unit):
             headers.append("winograd.h")
             sources["winograd.h"] = (runtime / "winograd.h").read_text()

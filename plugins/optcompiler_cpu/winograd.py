@@ -62,7 +62,7 @@ def tile_counts(step: Conv) -> tuple[int, int, int]:
 def block_of_tiles(step: Conv, isa: Isa) -> int:
     """How many tiles are worked on at a time: whole register tiles, evenly many in each block."""
     tiles = product(tile_counts(step))
-    height = isa.heights[column_blocks(step.out.shape[1], isa)[0][1]]
+    height = isa.floats.heights[column_blocks(step.out.shape[1], isa, isa.floats)[0][1]]
     most = max(CACHE_BYTES // (TILE_BYTES * step.b.view.shape[1]) // height, 1) * height
     even = -(-tiles // -(-tiles // most))
     return min(-(-even // height) * height, tiles)
@@ -120,21 +120,21 @@ def print_winograd(step: Conv, isa: Isa) -> KernelCode:
     images, down, across = tile_counts(step)
     total, block = images * down * across, block_of_tiles(step, isa)
     groups = -(-total // block)
-    columns = column_blocks(oc, isa)
+    columns = column_blocks(oc, isa, isa.floats)
     pointers = Pointers()
     a = pointers.view(step.a.view)
     pointers.data("w", _weights(step, columns, isa), "float")
-    bias = np.zeros(columns[-1][0] + isa.widest * isa.lanes, np.float32)
+    bias = np.zeros(columns[-1][0] + isa.floats.widest * isa.lanes, np.float32)
     if step.bias is not None:
         bias[:oc] = step.bias
     pointers.data("init", bias, "float")
-    pointers.data("zeros", np.zeros(isa.widest * isa.lanes, np.float32), "float")
+    pointers.data("zeros", np.zeros(isa.floats.widest * isa.lanes, np.float32), "float")
     epilogue, args = print_epilogue(step, shape, pointers, isa)
     tiles: set[tuple[str, int, int]] = set()
     table: list[str] = []
     at = 0
     for n, vectors in columns:
-        rows = tile_rows(block, vectors, isa, False)
+        rows = tile_rows(block, vectors, isa.floats)
         last = total - (groups - 1) * block
         tiles |= {("f32", vectors, r) for size in (block, last) for r in {rows, size % rows} if r}
         tiles |= {("f32", vectors, size) for size in (block, last) if size < rows}

@@ -34,9 +34,9 @@ def convolution(
     )
 
 
-def step_of(program: Program) -> Conv:
+def step_of(program: Program, isa: str = "portable") -> Conv:
     lowered = lower(program, plan=False)
-    legalize(lowered)
+    legalize(lowered, ISAS[isa])
     return next(s for s in lowered.steps if isinstance(s, Conv))
 
 
