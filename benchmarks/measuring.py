@@ -65,23 +65,35 @@ def peaks() -> dict[str, dict[str, float]]:
 def compiled(job: Job, precision: str) -> oc.Compiled:
     """Ours: every layer that has an integer kernel quantised, whatever it costs, and nothing tuned
     for accuracy, so that kernels are compared with the peers' kernels."""
+    import integers_first
     from peers import samples
 
     import optcompiler as oc
     from optcompiler.pipeline import resolve
 
+    registry = oc.Registry(extra=[integers_first])
     return oc.compile(
         job.case.module, job.inputs, target=oc.Target("cpu", threads=job.threads),
         precision=precision, calibration=None if precision == "fp32" else samples(job),
-        budget=oc.Budget(max_damage=float("inf")),
-        passes=[p for p in resolve(None, oc.Registry()) if p.stage is not oc.Stage.TUNE],
+        budget=oc.Budget(max_damage=float("inf")), registry=registry,
+        cost_model=integers_first.IntegersFirst.name,
+        passes=[p for p in resolve(None, registry) if p.stage is not oc.Stage.TUNE],
     )  # fmt: skip
 
 
-def left_in_float(artifact: oc.Compiled) -> list[str]:
-    """What insert-qdq saw and did not quantise, with the reason."""
-    rows = [r for r in artifact.ledger if r.pass_name == "insert-qdq" and r.outcome != "taken"]
-    return [f"{r.site}: {r.outcome}, {r.reason}" for r in rows]
+def left_in_float(artifact: oc.Compiled, threads: int) -> str:
+    """The share of multiply-accumulates done in float, and in which kernels; "" for none."""
+    import optcompiler as oc
+
+    assert artifact.program is not None
+    kernels = oc.Registry().backend("cpu").kernels(
+        artifact.program, oc.Target("cpu", threads=threads)
+    )  # fmt: skip
+    floats = [k for k in kernels if k.macs and k.dtype == "fp32"]
+    if not floats:
+        return ""
+    share = sum(k.macs for k in floats) / sum(k.macs for k in kernels)
+    return f"{share:.1%} of MACs: {', '.join(k.name for k in floats)}"
 
 
 def measure(task: Task, job: Job) -> dict[str, Any]:
@@ -113,8 +125,8 @@ def measure(task: Task, job: Job) -> dict[str, Any]:
         ours = add(OURS, precision, lambda p=precision: compiled(job, p))
         if ours is not None:
             operations = operations or 2 * ours.measurements["macs"]["before"]
-            if precision != "fp32":
-                notes += [f"{precision}: {line}" for line in left_in_float(ours)]
+            if precision != "fp32" and (left := left_in_float(ours, job.threads)):
+                notes.append(f"{precision}, {left}")
             if job.threads > 1:
                 add(OURS, precision, lambda o=ours: oc.load(o.directory, threads=1), threads=1)
         for name in task.peers:

@@ -1,0 +1,28 @@
+"""A plugin for compiles that are to quantise whatever has an integer kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from optcompiler import Kernel, hookimpl
+from optcompiler.cost import CostModel, DeviceProfile
+
+
+class IntegersFirst(CostModel):
+    """Narrow types are always cheaper: the planner leaves nothing in float for being no quicker.
+
+    Its microseconds are nobody's: a nanosecond for each byte moved and for each four integer or one
+    float multiply-accumulate.
+    """
+
+    name: ClassVar[str] = "integers-first"
+
+    def kernel_us(self, kernel: Kernel, profile: DeviceProfile) -> float:
+        macs = kernel.macs / (4 if kernel.dtype == "int8" else 1)
+        return 1e-3 * (kernel.bytes_moved + kernel.weight_bytes + macs)
+
+
+@hookimpl
+def optcompiler_cost_models() -> Iterable[CostModel]:
+    return [IntegersFirst()]
