@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ import torch
 # As many workers as cores run at once: threads of theirs, and of processes that tests start, would
 # wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_sessionfinish() -> None:
+    """Save what coverage has traced: a worker that takes long to end is killed before it does."""
+    if (coverage := sys.modules.get("coverage")) and (current := coverage.Coverage.current()):
+        current.save()
 
 
 @pytest.fixture(autouse=True, scope="session")
