@@ -41,7 +41,7 @@ def elsewhere(test: Callable[[], Any]) -> None:
 
     thread = threading.Thread(target=body)
     thread.start()
-    thread.join(20)
+    thread.join(300)
     assert not thread.is_alive()
     if failed:
         raise failed[0]
