@@ -10,6 +10,7 @@ Layout::
     measurements.json   what was predicted and measured
     summary.txt         the same as a table
     lock.json           what makes the same artifact again; see `lock`
+    reference.bin       one run of the program, where the backend asks for it; see `finish`
 
 The manifest depends on what was decided, the records also on what was measured: two compiles that
 decide the same have the same manifest. Nothing in it is executed to read it; no file holds a time
@@ -39,7 +40,15 @@ from optcompiler.checking import (
     check_form,
 )
 from optcompiler.errors import InputError
-from optcompiler.files import files_under, inside, plain, sha256_of, to_json, write_text
+from optcompiler.files import (
+    files_under,
+    inside,
+    plain,
+    sha256_of,
+    to_json,
+    write_bytes,
+    write_text,
+)
 from optcompiler.ledger import Ledger, rows_of
 from optcompiler.program import Port, Program, port, tensor_hash
 from optcompiler.signature import Signature
@@ -50,6 +59,7 @@ FORMAT = "optcompiler-artifact"
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 RECORDS = "records.json"
+REFERENCE = "reference.bin"
 CODE = "code"
 PROGRAM = "program.txt"
 NODE_LINE = re.compile(r"^\s*\[(?P<name>.+?)\] (?=.* = )")
@@ -71,7 +81,8 @@ class Contents:
     "kernels" (dicts of name, kind, dtype, nodes, predicted_us, measured_us), "damage",
     "damage_measure", "metric" (teacher, student, drop), "macs" and "size_bytes" (before, after),
     "compile_seconds" (by stage) and "gates" (dicts of name, limit, value, passed); any may be
-    missing or None. `lock` is the content of the lock file; None writes none.
+    missing or None. `lock` is the content of the lock file and `reference` that of reference.bin;
+    None writes none.
     """
 
     program: Program
@@ -84,6 +95,7 @@ class Contents:
     versions: dict[str, str]
     measurements: dict[str, Any]
     lock: Mapping[str, Any] | None = None
+    reference: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,11 @@ def assemble(code: Path, contents: Contents, directory: Path) -> dict[str, Any]:
         records["lock.json"] = to_json(contents.lock)
     for name, text in records.items():
         write_text(directory / name, text)
-    seal = {"files": _hashes(directory, records), "manifest": sha256_of(directory / MANIFEST)}
+    named = [*records]
+    if contents.reference is not None:
+        write_bytes(directory / REFERENCE, contents.reference)
+        named.append(REFERENCE)
+    seal = {"files": _hashes(directory, named), "manifest": sha256_of(directory / MANIFEST)}
     write_text(directory / RECORDS, to_json(seal))
     return manifest
 

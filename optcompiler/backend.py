@@ -31,7 +31,8 @@ class Capabilities:
     whether symbolic dimensions survive. `float_outputs` names those of `integer_ops` whose integer
     kernel may write float as well, so that their output need not be quantised; a target that fuses
     "contraction" can do so for every contraction. `any_port` says whether inputs and outputs may be
-    sequences, optionals and tensors of strings.
+    sequences, optionals and tensors of strings. `reference` asks for one run, inputs and outputs,
+    beside the code, by which it can be checked without Python.
     """
 
     precisions: frozenset[str]
@@ -43,6 +44,7 @@ class Capabilities:
     dynamic_shapes: bool = False
     float_outputs: frozenset[str] = frozenset()
     any_port: bool = False
+    reference: bool = False
 
 
 def require_tensors(program: Program, backend: str) -> None:
@@ -161,6 +163,13 @@ class Backend(ABC):
     def spelled_out(self, target: Target) -> Target:
         """The target with every option stated that would else depend on this machine."""
         return target
+
+    def name_for(self, text: str) -> str | None:
+        """What an artifact calls itself that goes to a directory called `text`.
+
+        A name that is fit for this is returned as it is; None where artifacts have no name.
+        """
+        return None
 
     def runs_here(self, target: Target) -> bool:
         """Whether `load` can run the artifact on this machine; if not, it is only written."""

@@ -165,6 +165,8 @@ class Job:
             budget.refuse_clocks()
         backend = registry.backend(target.backend)
         target = backend.spelled_out(target)
+        if target.name is not None and backend.name_for(target.name) is None:
+            raise InputError(f"target {target}: its artifacts have no name; leave name= out.")
         capabilities = backend.capabilities(target)
         precisions = allowed_precisions(precision, capabilities, target)
         chosen = pipeline.resolve(passes, registry)
@@ -479,12 +481,14 @@ class Job:
             "gates": gates,
         }  # fmt: skip
         session.keep_quarantined()
+        capabilities = session.context.capabilities
+        reference = finish.reference(session, final) if capabilities.reference else None
         lock = self._locked(final, profile)
         contents = artifact.Contents(
             program=final.program, teacher_hash=session.teacher.content_hash(),
             target=session.target, backend_info=final.info, signature=signature,
             ledger=session.ledger, options=self._options(), versions=self.versions,
-            measurements=measurements, lock=lock.to_json(),
+            measurements=measurements, lock=lock.to_json(), reference=reference,
         )  # fmt: skip
         final.runner.close()
         backend = self.registry.backend(session.target.backend)

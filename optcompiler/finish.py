@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from optcompiler.binding import fit
 from optcompiler.damage import as_tensors, largest_error, nmse, run_batches
 from optcompiler.device import interleaved_us
 from optcompiler.errors import OptcompilerError, UnsupportedOperatorError, VerificationError
+from optcompiler.lock import arithmetic_threads
 from optcompiler.program import Program
 
 if TYPE_CHECKING:
@@ -31,6 +34,10 @@ EXACT_ERROR = 1e-3
 INTEGER_ERROR = 0.05
 """Largest mean squared error, relative to the output's variance, between an artifact with integer
 kernels and the executor's simulation of it. Rounding may differ by one level here and there."""
+
+
+REFERENCE_VALUES = 1021
+"""How many elements of an output are kept at most: a prime, so that they lie in every lane."""
 
 
 CREDIBLE = (0.75, 1.15)
@@ -120,8 +127,7 @@ def compare(session: Session, built: Built) -> None:
             f"{session.target}: the artifact gives {len(tensors)} outputs, the program "
             f"{len(expected)}; this is a fault of {session.backend}, report it."
         )
-    integer = any(k.dtype not in ("fp32", "fp64") for k in built.kernels)
-    if not integer:
+    if not is_integer(built.kernels):
         error = largest_error([expected], [tensors])
         if not error <= EXACT_ERROR:
             raise VerificationError(
@@ -146,6 +152,51 @@ def compare(session: Session, built: Built) -> None:
                 f"{session.target}: output {name!r} differs from the program's by {error:.1e} of "
                 f"its variance; this is a fault of {session.backend}, report it."
             )
+
+
+def is_integer(kernels: Sequence[Kernel]) -> bool:
+    """Whether some kernel's arithmetic is not that of floats, so that rounding may differ."""
+    return any(k.dtype not in ("fp32", "fp64") for k in kernels)
+
+
+def reference(session: Session, built: Built) -> bytes:
+    """One run on the check batch, to check the code by where there is no Python.
+
+    All little-endian: b"OCREFER1"; the limit (float64) of 1 the largest difference, relative to the
+    largest magnitude, or 2 the mean squared difference, relative to the variance (int64); how many
+    inputs and outputs there are (int64); for each input its size in bytes (int64) and its data,
+    filled up to 8 bytes; for each output its number of elements n, how many c of them are kept
+    (int64), and these (float64): the i-th is element i n / c.
+    """
+    sample = sample_of(session)
+    values = session.choices.keep("reference", lambda: _reference_values(session, built, sample))
+    integer = is_integer(built.kernels)
+    limit, measure = (INTEGER_ERROR, 2) if integer else (EXACT_ERROR, 1)
+    inputs = [np.ascontiguousarray(sample[p.name]).tobytes() for p in built.program.inputs]
+    parts = [b"OCREFER1", struct.pack("<dqqq", limit, measure, len(inputs), len(values))]
+    for data in inputs:
+        parts += [struct.pack("<q", len(data)), data, bytes(-len(data) % 8)]
+    for size, text in values:
+        data = base64.b64decode(text)
+        parts += [struct.pack("<qq", size, len(data) // 8), data]
+    return b"".join(parts)
+
+
+def _reference_values(
+    session: Session, built: Built, sample: Mapping[str, np.ndarray]
+) -> list[tuple[int, str]]:
+    """Of each output the number of elements, and those that are kept as base64 of float64."""
+    program = built.program if session.simulated else session.teacher
+    with arithmetic_threads(1):
+        outputs = session.run(program, sample)
+    kept: list[tuple[int, str]] = []
+    for tensor in outputs:
+        flat = tensor.detach().reshape(-1).double().numpy()
+        judged = tensor.is_floating_point() or not is_integer(built.kernels)
+        count = min(len(flat), REFERENCE_VALUES) if judged else 0
+        picked = flat[np.arange(count) * len(flat) // max(count, 1)]
+        kept.append((len(flat), base64.b64encode(picked.astype("<f8").tobytes()).decode()))
+    return kept
 
 
 def contiguous(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

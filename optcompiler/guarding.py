@@ -96,6 +96,9 @@ class GuardedBackend(Backend):
     def spelled_out(self, target: Target) -> Target:
         return self._asked("spelled_out", Target, target)
 
+    def name_for(self, text: str) -> str | None:
+        return self._asked("name_for", (str, type(None)), text)
+
     def runs_here(self, target: Target) -> bool:
         return self._asked("runs_here", bool, target)
 

@@ -54,6 +54,13 @@ def check_file(path: Path) -> None:
     _check_external_data(model, str(path))
 
 
+def data_files(path: Path) -> list[Path]:
+    """The files of external data that an ONNX file refers to, beside it as it is spelled."""
+    model, _ = _load(path)
+    tensors = (t for t in _tensors(model) if isinstance(t, ir.ExternalTensor))
+    return [path.parent / name for name in sorted({str(t.location) for t in tensors})]
+
+
 def _load(source: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model, str]:
     if isinstance(source, ir.Model):
         return source.clone(), "the model"

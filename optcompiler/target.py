@@ -14,15 +14,17 @@ class Target:
 
     `threads` is how many CPU threads the artifact runs with (None: every core this process may
     use). `sizes` fixes symbolic dimensions by name (`{"batch": 1}`), which backends that generate
-    code need. Any further keyword is an option of the backend (`isa="avx512_vnni"`), whose names
-    and values the backend checks.
+    code need. `name` is what the artifact calls itself, for backends that write a library: its
+    files and symbols begin with it. Any further keyword is an option of the backend
+    (`isa="avx512_vnni"`), whose names and values the backend checks.
     """
 
-    __slots__ = ("_threads_given", "backend", "options", "sizes", "threads")
+    __slots__ = ("_threads_given", "backend", "name", "options", "sizes", "threads")
 
     backend: str
     threads: int
     sizes: Mapping[str, int]
+    name: str | None
     options: Mapping[str, str]
     _threads_given: bool
 
@@ -32,6 +34,7 @@ class Target:
         *,
         threads: int | None = None,
         sizes: Mapping[str, int] | None = None,
+        name: str | None = None,
         **options: Any,
     ) -> None:
         object.__setattr__(self, "_threads_given", threads is not None)
@@ -41,9 +44,10 @@ class Target:
             raise InputError(f"target {backend}: threads={threads}; give 1 or more.")
         object.__setattr__(self, "backend", backend)
         object.__setattr__(self, "threads", threads)
-        for name, size in (sizes or {}).items():
+        object.__setattr__(self, "name", name)
+        for dim, size in (sizes or {}).items():
             if size < 1:
-                raise InputError(f"target {backend}: size {name}={size}; give 1 or more.")
+                raise InputError(f"target {backend}: size {dim}={size}; give 1 or more.")
         object.__setattr__(self, "sizes", dict(sorted((sizes or {}).items())))
         object.__setattr__(self, "options", {k: str(v) for k, v in sorted(options.items())})
 
@@ -52,7 +56,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str | Target) -> Target:
-        """Read `"cpu"`, `"cpu:threads=2,isa=avx2"` or `"cpu:size.batch=1"`."""
+        """Read `"cpu"`, `"cpu:threads=2,isa=avx2"`, `"cpu:size.batch=1"` or `"cpu:name=mine"`."""
         if isinstance(text, Target):
             return text
         backend, _, rest = text.partition(":")
@@ -69,17 +73,28 @@ class Target:
         threads = options.pop("threads", None)
         if threads is not None and not threads.isdigit():
             raise InputError(f"target {text!r}: threads={threads!r} is not a whole number.")
-        return cls(backend, threads=int(threads) if threads else None, sizes=sizes, **options)
+        return cls(
+            backend, threads=int(threads) if threads else None, sizes=sizes,
+            name=options.pop("name", None), **options,
+        )  # fmt: skip
 
     def completed(self, like: Target) -> Target:
-        """This target with the threads and options of `like` where none were given."""
+        """This target with the threads, name and options of `like` where none were given."""
         threads = self.threads if self._threads_given else like.threads
-        options = {**like.options, **self.options} if self.backend == like.backend else self.options
-        return Target(self.backend, threads=threads, sizes=self.sizes, **options)
+        same = self.backend == like.backend
+        options = {**like.options, **self.options} if same else self.options
+        name = self.name or (like.name if same else None)
+        return Target(self.backend, threads=threads, sizes=self.sizes, name=name, **options)
+
+    def named(self, name: str | None) -> Target:
+        """This target with `name`."""
+        threads = self.threads if self._threads_given else None
+        return Target(self.backend, threads=threads, sizes=self.sizes, name=name, **self.options)
 
     def __str__(self) -> str:
         items = [f"threads={self.threads}"]
         items += [f"size.{k}={v}" for k, v in self.sizes.items()]
+        items += [f"name={self.name}"] if self.name else []
         items += [f"{k}={v}" for k, v in self.options.items()]
         return f"{self.backend}:{','.join(items)}"
 

@@ -107,7 +107,7 @@ def test_compile_passes_its_options_on(
     assert given["example_inputs"] is None
     assert given["passes"] == ["default", "harden:ratio=0.5"]
     assert given["dynamic"] == {"x": {0: "batch", 1: "width"}}
-    assert (given["target"], given["precision"], given["seed"]) == ("toy:threads=2", "int8", 7)
+    assert (str(given["target"]), given["precision"], given["seed"]) == ("toy:threads=2", "int8", 7)
     assert given["calibration"] == tmp_path / "data"
     assert (given["on_fault"], given["time_limit_s"]) == ("stop", 2.5)
     assert given["reproducers"] == tmp_path / "faults"

@@ -59,6 +59,10 @@ if TYPE_CHECKING:
     "--locked", type=click.Path(path_type=Path), metavar="ARTIFACT",
     help="Measure nothing: make this artifact, or that of this lock.json, once more.",
 )  # fmt: skip
+@click.option(
+    "--depfile", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write what was read as a rule for Make: DIR/manifest.json depends on it.",
+)  # fmt: skip
 @common
 def compile_(
     model: str, output: Path, target: str, precision: str, calibration: str | None,
@@ -67,7 +71,7 @@ def compile_(
     passes: tuple[str, ...], dynamic: dict[str, dict[int, str]] | str | None,
     keep_best: Path | None, damage: str, cost_model: str, seed: int, on_fault: str,
     time_limit_s: float | None, reproducers: Path | None, no_timing: bool, locked: Path | None,
-    as_json: bool, registry: Callable[[], Registry],
+    depfile: Path | None, as_json: bool, registry: Callable[[], Registry],
 ) -> None:  # fmt: skip
     """Compile MODEL and write the artifact to DIR.
 
@@ -75,23 +79,32 @@ def compile_(
     the model and its example inputs. When a gate fails the exit code is 1 and DIR is
     as it was.
     """
+    from optcompiler.artifact import MANIFEST
     from optcompiler.compiled import refuse_other_than_artifact
-    from optcompiler.errors import GateError
+    from optcompiler.depfile import Inputs, write_depfile
+    from optcompiler.errors import GateError, InputError
     from optcompiler.progress import progress_on
     from optcompiler.sources import (
         calibration_from_reference,
         metric_from_reference,
     )
+    from optcompiler.target import Target
 
+    if depfile is not None and depfile.resolve().is_relative_to(output.resolve()):
+        raise InputError(f"{depfile} is inside of {output}, which is replaced; put it beside.")
     for place in (output, keep_best):
         if place is not None and place.exists():
             refuse_other_than_artifact(place)
+    plugins = registry()
+    inputs = Inputs()
     budget = _budget(
         metric=metric_from_reference(metric) if metric else None,
         larger_is_better=not smaller_is_better, max_drop=max_drop, max_damage=max_damage,
         max_latency_ms=max_latency_ms, max_size_mb=max_size_mb, search_minutes=search_minutes,
     )  # fmt: skip
-    plugins = registry()
+    aim = Target.parse(target)
+    if aim.name is None and locked is None and aim.backend in plugins.backends:
+        aim = aim.named(plugins.backend(aim.backend).name_for(output.resolve().name))
     source, example_inputs = model_of(model, plugins)
     batches = calibration_from_reference(calibration) if calibration else None
     from optcompiler.compiler import compile as run  # imports torch; what is refused costs little
@@ -99,7 +112,7 @@ def compile_(
     try:
         with telling_faults() as faults:
             compiled = run(
-                source, example_inputs, target=target, precision=precision,
+                source, example_inputs, target=aim, precision=precision,
                 calibration=batches,
                 budget=budget, passes=list(passes) or None, dynamic=dynamic, damage=damage,
                 cost_model=cost_model, seed=seed, registry=plugins,
@@ -114,6 +127,12 @@ def compile_(
                     best.save(keep_best)
         raise
     with compiled:
+        if depfile is not None:
+            for reference in filter(None, (model, calibration, metric)):
+                inputs.add_reference(reference)
+            if locked is not None:
+                inputs.add_lock(locked)
+            write_depfile(depfile, output / MANIFEST, inputs.files())
         compiled.save(output)
         _report(compiled, output, faults, as_json)
 

@@ -1,4 +1,4 @@
-"""Backend `cpu`: a program as C source and a shared library that needs libc and threads alone."""
+"""Backend `cpu`: a program as C source and libraries that need libc and threads alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
 from optcompiler.choices import Choices
+from optcompiler.cost import DeviceProfile, nominal_profile
 from optcompiler.errors import InputError
 from optcompiler.lowering import kernel_of, lower, plan
 from optcompiler.lowering.ir import Conv, Lowered, Step
@@ -17,39 +18,73 @@ from optcompiler.target import Target
 from optcompiler_cpu.isa import ISAS, Isa, pick_isa, supported
 from optcompiler_cpu.legalize import legalize
 from optcompiler_cpu.module import Module, describe, print_module
+from optcompiler_cpu.naming import DEFAULT, checked_name, library_name
+from optcompiler_cpu.packaging import package
 from optcompiler_cpu.runner import CpuRunner
-from optcompiler_cpu.toolchain import build, compiler, compiler_version
+from optcompiler_cpu.toolchain import build, compiler, compiles_for_here, require_machine, versions
 from optcompiler_cpu.winograd import is_winograd, multiplications
 
-LIBRARY = "libnet.so"
-WEIGHTS = "net.weights"
+OPTIONS = {"isa": ("native", *ISAS), "weights": ("file", "embedded")}
 
 
-def emit(program: Program, isa: Isa) -> tuple[Lowered, Module]:
+def emit(
+    program: Program, isa: Isa, name: str = DEFAULT, *, embedded: bool = False
+) -> tuple[Lowered, Module]:
     """The program in the form that is printed, and the text and weights of its artifact."""
     lowered = lower(program, plan=False)
     legalize(lowered, isa)
     plan(lowered)
-    return lowered, print_module(lowered, isa)
+    return lowered, print_module(lowered, isa, name, embedded=embedded)
+
+
+def checked_options(target: Target) -> Mapping[str, str]:
+    """The target's options. Raises `InputError` for one that there is not."""
+    checked_name(target.name)
+    for option, value in target.options.items():
+        if option not in OPTIONS:
+            raise InputError(
+                f"target cpu: unknown option {option!r}; it knows name, {', '.join(OPTIONS)}."
+            )
+        if value not in OPTIONS[option]:
+            raise InputError(
+                f"target cpu: {option}={value!r} is not known; give {', '.join(OPTIONS[option])}."
+            )
+    return target.options
 
 
 class CpuBackend(Backend):
-    """Writes C11 with GCC's intrinsics and compiles it with `CC`.
+    """Writes C11 with GCC's intrinsics and compiles it with `CC`, `CFLAGS` and `LDFLAGS`.
 
     Option `isa`: "amx_int8", "avx512_vnni", "avx2", "portable", or "native" (the default: the best
-    this machine has). Integer arithmetic gives the same numbers on each.
+    that the compiler's machine has). Integer arithmetic gives the same numbers on each. Option
+    `weights`: "file" (the default: beside the library, mapped) or "embedded" (in the library). The
+    target's `name` begins the names of files and symbols.
     """
 
     name = "cpu"
-    summary = "C source and a shared library for x86-64, specialised on shapes and weights"
+    summary = "C source and libraries for x86-64, specialised on shapes and weights"
 
     def spelled_out(self, target: Target) -> Target:
-        isa = pick_isa(target.options).name
-        options = {**target.options, "isa": isa}
-        return Target("cpu", threads=target.threads, sizes=target.sizes, **options)
+        options = dict(checked_options(target))
+        native = options.get("isa", "native") == "native"
+        options["isa"] = (
+            "portable" if native and not compiles_for_here() else pick_isa(options).name
+        )
+        return Target(
+            "cpu", threads=target.threads, sizes=target.sizes, name=target.name, **options
+        )
+
+    def name_for(self, text: str) -> str | None:
+        return library_name(text)
+
+    def runs_here(self, target: Target) -> bool:
+        return supported(pick_isa(target.options)) and compiles_for_here()
+
+    def nominal_profile(self, target: Target) -> DeviceProfile | None:
+        return None if self.runs_here(target) else nominal_profile(self.name, target.threads)
 
     def capabilities(self, target: Target) -> Capabilities:
-        pick_isa(target.options)
+        checked_options(target)
         return Capabilities(
             precisions=frozenset({"fp32", "int8"}),
             integer_ops=frozenset(
@@ -58,6 +93,7 @@ class CpuBackend(Backend):
             fusions=frozenset(
                 {"contraction", "pointwise", "normalization", "softmax", "attention"}
             ),
+            reference=True,
         )
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
@@ -68,20 +104,24 @@ class CpuBackend(Backend):
     def lower(
         self, program: Program, target: Target, directory: Path, choices: Choices | None = None
     ) -> Mapping[str, Any]:
-        isa = pick_isa(target.options)
+        options = checked_options(target)
+        isa, name = pick_isa(options), checked_name(target.name)
         compiler()
-        lowered, module = emit(program, isa)
-        for name, text in module.sources.items():
-            (directory / name).write_text(text, encoding="utf-8")
-        (directory / WEIGHTS).write_bytes(module.weights)
-        sources = [name for name in module.sources if name.endswith(".c")]
-        build(directory, sources, (f"-D{isa.macro}", *isa.flags), LIBRARY)
+        require_machine(isa)
+        embedded = options.get("weights") == "embedded"
+        lowered, module = emit(program, isa, name, embedded=embedded)
+        (directory / "src").mkdir()
+        for path, text in (*module.sources.items(), *package(module, isa).items()):
+            (directory / path).write_text(text, encoding="utf-8")
+        (directory / f"{name}.weights").write_bytes(module.weights)
+        build(
+            directory, module.units, (f"-D{isa.macro}", *isa.flags), f"lib{name}.so",
+            f"lib{name}.a",
+        )  # fmt: skip
         return {
             "isa": isa.name,
-            "library": LIBRARY,
-            "header": "net.h",
-            "weights": WEIGHTS,
-            "sources": sorted(module.sources),
+            "name": name,
+            "embedded": embedded,
             "steps": list(module.steps),
             "arena_bytes": lowered.arena_bytes,
             "ports": describe(lowered),
@@ -94,12 +134,11 @@ class CpuBackend(Backend):
                 f"the artifact is for isa={info['isa']!r}, which this machine does not have; "
                 f"compile with isa=portable."
             )
-        return CpuRunner(
-            directory / LIBRARY, directory / WEIGHTS, info["ports"], info["steps"], threads
-        )
+        name = checked_name(str(info["name"]))
+        return CpuRunner(directory, name, info["ports"], info["steps"], threads)
 
     def versions(self) -> Mapping[str, str]:
-        return {"cc": compiler_version()}
+        return versions()
 
 
 def _as_printed(step: Step, kernel: Kernel, isa: Isa) -> Kernel:

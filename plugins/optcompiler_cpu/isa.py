@@ -132,9 +132,6 @@ def cpu_flags() -> frozenset[str]:
 
 def pick_isa(options: Mapping[str, str]) -> Isa:
     """The instruction set that the target's options ask for; by default this machine's best."""
-    unknown = sorted(set(options) - {"isa"})
-    if unknown:
-        raise InputError(f"target cpu: unknown option {unknown[0]!r}; it knows isa.")
     name = options.get("isa", "native")
     if name == "native":
         return next(isa for isa in ISAS.values() if supported(isa))

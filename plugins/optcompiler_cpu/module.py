@@ -1,4 +1,4 @@
-"""The files of an artifact: C sources, header and the weights beside them."""
+"""The C source of an artifact, its header and the weights beside them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from optcompiler.lowering.ir import (
     TopK,
 )
 from optcompiler_cpu.code import KernelCode, Pointer
-from optcompiler_cpu.contraction import print_contraction, print_tile
+from optcompiler_cpu.contraction import print_contraction, print_tile, tile_name
 from optcompiler_cpu.depthwise import is_direct, print_depthwise
 from optcompiler_cpu.indexed import print_scatter, print_top_k
 from optcompiler_cpu.isa import Isa
@@ -42,12 +42,19 @@ from optcompiler_cpu.rows import (
     print_reduction,
     print_softmax,
 )
-from optcompiler_cpu.scalars import C_TYPES
+from optcompiler_cpu.scalars import C_TYPES, PACKED
 from optcompiler_cpu.winograd import is_winograd, print_winograd
 
 ALIGNMENT = 64
 SCALAR_HELPERS = re.compile(r"\boc_[a-z]+_[A-Z]")
 """Names of `runtime/scalar.h`."""
+
+EMBEDDED_PATH = """
+   NULL stands for the weights that are part of the library."""
+
+EMBEDDED_CREATE = """\
+  if (!weights_path) return @NAME@_create_from_memory(@NAME@_embedded, WEIGHTS_SIZE);
+"""
 
 UNIT_BYTES = 40_000
 """C text per translation unit, roughly."""
@@ -71,11 +78,17 @@ PRINTERS: Mapping[type[Step], Callable[[Any, Isa], KernelCode]] = {
 
 @dataclass(frozen=True)
 class Module:
-    """`sources` by file name, the `weights` file's bytes, and the steps' names in order."""
+    """Texts by path, the `weights` file's bytes, and the steps' names in order."""
 
+    name: str
     sources: Mapping[str, str]
     weights: bytes
     steps: tuple[str, ...]
+
+    @property
+    def units(self) -> list[str]:
+        """Paths of what is compiled."""
+        return [path for path in self.sources if path.endswith(".c")]
 
 
 class Blob:
@@ -105,8 +118,14 @@ class Blob:
         return mark.ljust(ALIGNMENT, b"\0") + body, mark
 
 
-def print_module(lowered: Lowered, isa: Isa) -> Module:
-    """Print every step; steps of equal text share a function."""
+def print_module(
+    lowered: Lowered, isa: Isa, name: str = "net", *, embedded: bool = False
+) -> Module:
+    """Print every step; steps of equal text share a function.
+
+    Every symbol of more than one file begins with `name` and an underscore. With `embedded` the
+    weights file becomes part of the library.
+    """
     blob = Blob()
     names: dict[str, str] = {}
     tiles: set[tuple[str, int, int]] = set()
@@ -117,31 +136,32 @@ def print_module(lowered: Lowered, isa: Isa) -> Module:
     for step in lowered.steps:
         _check_types(step)
         code = PRINTERS[type(step)](step, isa)
-        name = names.setdefault(code.text, f"kernel_{len(names)}")
+        kernel = names.setdefault(code.text, f"{name}_kernel_{len(names)}")
         tiles |= code.tiles
         scratch = max(scratch, code.scratch_bytes)
-        rows.append(f"{{{name}, {len(refs)}, {int(not code.parallel)}}}, /* {step.name} */")
+        rows.append(f"{{{kernel}, {len(refs)}, {int(not code.parallel)}}}, /* {step.name} */")
         refs += [_ref(p, blob, ports) for p in code.pointers]
     weights, mark = blob.finish()
-    runtime = resources.files("optcompiler_cpu") / "runtime"
     sources = {
-        "net.h": (runtime / "net.h").read_text(),
-        "simd.h": (runtime / "simd.h").read_text(),
-        "kernels.h": _kernels_header(names, tiles),
+        f"{name}.h": template("net.h.in", NAME=name, EMBEDDED=EMBEDDED_PATH if embedded else ""),
+        "src/simd.h": template("simd.h"),
+        "src/kernels.h": _kernels_header(name, names, tiles),
     }
+    if any(p.dtype in PACKED for p in (*lowered.inputs, *lowered.outputs)):
+        sources["src/scalar.h"] = template("scalar.h")
     for i, unit in enumerate(_units(names, tiles)):
         headers = ["kernels.h", "simd.h"]
         if any(SCALAR_HELPERS.search(text) for text in unit):
             headers.append("scalar.h")
-            sources["scalar.h"] = (runtime / "scalar.h").read_text()
+            sources["src/scalar.h"] = template("scalar.h")
         if any("amx_" in text for text in unit):
             headers.append("amx.h")
-            sources["amx.h"] = (runtime / "amx.h").read_text()
+            sources["src/amx.h"] = template("amx.h")
         if any("winograd_" in text for text in unit):
             headers.append("winograd.h")
-            sources["winograd.h"] = (runtime / "winograd.h").read_text()
-        included = "\n".join(f'#include "{name}"' for name in headers)
-        sources[f"kernels_{i}.c"] = "\n".join([f"{included}\n", *unit])
+            sources["src/winograd.h"] = template("winograd.h")
+        included = "\n".join(f'#include "{header}"' for header in headers)
+        sources[f"src/kernels_{i}.c"] = "\n".join([f"{included}\n", *unit])
     arena = -(-(lowered.arena_bytes + 2 * ALIGNMENT) // ALIGNMENT) * ALIGNMENT
     scratch = -(-(scratch + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
     tables = "\n".join(
@@ -150,7 +170,7 @@ def print_module(lowered: Lowered, isa: Isa) -> Module:
             f"enum {{ INPUTS = {len(lowered.inputs)}, OUTPUTS = {len(lowered.outputs)} }};",
             f"#define ARENA_SIZE {arena}UL",
             f"#define SCRATCH {scratch}UL",
-            f"#define WEIGHTS_SIZE {len(weights)}L",
+            f"#define WEIGHTS_SIZE {len(weights)}",
             f"static const unsigned char weights_id[] = {{{', '.join(map(str, mark))}}};",
             f"static const struct ref refs[] = {{{', '.join(refs) or '{0, 0}'}}};",
             "static const struct step steps[] = {",
@@ -158,12 +178,24 @@ def print_module(lowered: Lowered, isa: Isa) -> Module:
             "  {0, 0, 1},",
             "};",
             _string_list("step_names", [s.name for s in lowered.steps]),
-            _ports("input", lowered.inputs),
-            _ports("output", lowered.outputs),
+            _ports(name, "input", lowered.inputs),
+            _ports(name, "output", lowered.outputs),
+            *([f"extern const unsigned char {name}_embedded[];"] if embedded else []),
         ]
     )
-    sources["net.c"] = (runtime / "net.c.in").read_text().replace("@TABLES@", tables)
-    return Module(sources, weights, tuple(s.name for s in lowered.steps))
+    created = EMBEDDED_CREATE.replace("@NAME@", name) if embedded else ""
+    sources["src/net.c"] = template("net.c.in", NAME=name, EMBEDDED=created, TABLES=tables)
+    if embedded:
+        sources["src/weights.c"] = template("weights.c.in", NAME=name)
+    return Module(name, sources, weights, tuple(s.name for s in lowered.steps))
+
+
+def template(file: str, **texts: str) -> str:
+    """A file of `runtime` with each `@KEY@` replaced; `TABLES`, which holds names, at last."""
+    text = (resources.files("optcompiler_cpu") / "runtime" / file).read_text()
+    for key, value in texts.items():
+        text = text.replace(f"@{key}@", value)
+    return text
 
 
 def _check_types(step: Step) -> None:
@@ -191,7 +223,8 @@ def _ref(pointer: Pointer, blob: Blob, ports: Mapping[int, int]) -> str:
     return f"{{IO + {ports[buffer.index]}, 0}}"
 
 
-def _kernels_header(names: Mapping[str, str], tiles: set[tuple[str, int, int]]) -> str:
+def _kernels_header(prefix: str, names: Mapping[str, str], tiles: set[tuple[str, int, int]]) -> str:
+    shared = [*(tile_name(*tile) for tile in sorted(tiles)), "pack_f32"]
     lines = [
         "/* Kernels of this network; each computes its share `part` of `parts`. */",
         "#ifndef OC_KERNELS_H",
@@ -199,6 +232,8 @@ def _kernels_header(names: Mapping[str, str], tiles: set[tuple[str, int, int]]) 
         "#include <stdint.h>",
         "",
         "struct oc_block { int n, stop, vectors, rows, tiles; long init, a, w; };",
+        "",
+        *(f"#define {function} {prefix}_{function}" for function in shared),
         "",
     ]
     for kind, vectors, rows in sorted(tiles):
@@ -257,7 +292,7 @@ def _string_list(name: str, texts: Sequence[str]) -> str:
     return f"static const char *const {name}[] = {{{', '.join(map(c_string, texts)) or '0'}}};"
 
 
-def _ports(kind: str, ports: Sequence[PortBuffer]) -> str:
+def _ports(name: str, kind: str, ports: Sequence[PortBuffer]) -> str:
     lines: list[str] = []
     rows: list[str] = []
     for i, p in enumerate(ports):
@@ -266,7 +301,9 @@ def _ports(kind: str, ports: Sequence[PortBuffer]) -> str:
         rows.append(
             f"{{{c_string(p.name)}, {c_string(p.dtype)}, {len(p.shape)}, {kind}_shape_{i}}}"
         )
-    lines.append(f"static const oc_port {kind}_ports[] = {{{', '.join(rows) or '{0, 0, 0, 0}'}}};")
+    lines.append(
+        f"static const {name}_port {kind}_ports[] = {{{', '.join(rows) or '{0, 0, 0, 0}'}}};"
+    )
     return "\n".join(lines)
 
 

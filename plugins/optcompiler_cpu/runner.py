@@ -46,7 +46,7 @@ def _spelling(library: Path) -> str:
 
 
 class _Port(ctypes.Structure):
-    """`oc_port` of net.h."""
+    """`NAME_port` of the header."""
 
     _fields_ = (
         ("name", ctypes.c_char_p), ("dtype", ctypes.c_char_p), ("rank", ctypes.c_int),
@@ -69,12 +69,14 @@ def _check_ports(function: Any, said: Sequence[Mapping[str, Any]], library: str)
 
 
 class CpuRunner(Runner):
-    """One handle of the library. `ports` are the manifest's inputs and outputs."""
+    """One handle of the library `name` in `directory`. `ports` are the manifest's inputs and
+    outputs."""
 
     def __init__(
-        self, library: Path, weights: Path, ports: Mapping[str, Any], steps: Sequence[str],
+        self, directory: Path, name: str, ports: Mapping[str, Any], steps: Sequence[str],
         threads: int,
     ) -> None:  # fmt: skip
+        library, weights = directory / f"lib{name}.so", directory / f"{name}.weights"
         self._steps = tuple(steps)
         self._inputs = [str(p["name"]) for p in ports["inputs"]]
         self._outputs = [
@@ -87,22 +89,25 @@ class CpuRunner(Runner):
             raise InputError(
                 f"cannot load {library.name}: {error}; compile it again for this machine."
             ) from error
-        for function, kind in ((lib.oc_inputs, "inputs"), (lib.oc_outputs, "outputs")):
-            _check_ports(function, ports[kind], library.name)
-        lib.oc_create.restype = ctypes.c_void_p
-        lib.oc_create.argtypes = [ctypes.c_char_p]
-        lib.oc_set_threads.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        for kind in ("inputs", "outputs"):
+            _check_ports(getattr(lib, f"{name}_{kind}"), ports[kind], library.name)
+        create, self._destroy = getattr(lib, f"{name}_create"), getattr(lib, f"{name}_destroy")
+        create.restype = ctypes.c_void_p
+        create.argtypes = [ctypes.c_char_p]
+        set_threads = getattr(lib, f"{name}_set_threads")
+        set_threads.argtypes = [ctypes.c_void_p, ctypes.c_int]
         table = ctypes.POINTER(ctypes.c_void_p)
-        lib.oc_run.argtypes = [ctypes.c_void_p, table, table]
-        lib.oc_run_profiled.argtypes = [ctypes.c_void_p, table, table, ctypes.c_void_p]
-        lib.oc_destroy.argtypes = [ctypes.c_void_p]
-        self._lib = lib
-        self._net: int | None = lib.oc_create(str(weights.resolve()).encode())
+        self._run = getattr(lib, f"{name}_run")
+        self._run.argtypes = [ctypes.c_void_p, table, table]
+        self._run_profiled = getattr(lib, f"{name}_run_profiled")
+        self._run_profiled.argtypes = [ctypes.c_void_p, table, table, ctypes.c_void_p]
+        self._destroy.argtypes = [ctypes.c_void_p]
+        self._net: int | None = create(str(weights.resolve()).encode())
         if not self._net:
             raise InputError(
                 f"{weights.name} is missing or belongs to another artifact; save it again."
             )
-        if lib.oc_set_threads(self._net, threads):
+        if set_threads(self._net, threads):
             raise InputError(f"cannot start {threads} threads; give fewer.")
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -121,14 +126,14 @@ class CpuRunner(Runner):
         sources = (ctypes.c_void_p * max(len(arrays), 1))(*(a.ctypes.data for a in arrays))
         targets = (ctypes.c_void_p * max(len(outputs), 1))(*(o.ctypes.data for o in outputs))
         if times is None:
-            self._lib.oc_run(self._net, sources, targets)
+            self._run(self._net, sources, targets)
         else:
-            self._lib.oc_run_profiled(self._net, sources, targets, times.ctypes.data)
+            self._run_profiled(self._net, sources, targets, times.ctypes.data)
         return outputs
 
     def close(self) -> None:
         if self._net is not None:
-            self._lib.oc_destroy(self._net)
+            self._destroy(self._net)
             self._net = None
 
     def __del__(self) -> None:

@@ -1,9 +1,15 @@
-"""The C compiler: found by `CC`, run by argument list, several files at a time."""
+"""The C compiler: found by `CC`, run by argument list, several files at a time.
+
+`CC` may be a cross compiler or hold `--sysroot` and `--target`; `CFLAGS`, `LDFLAGS` and `AR` are
+honoured as by make.
+"""
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
+import platform
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -12,11 +18,21 @@ from pathlib import Path
 
 from optcompiler.children import Children
 from optcompiler.errors import InputError, ToolchainError
+from optcompiler_cpu.isa import Isa
 
 FLAGS = (
-    "-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-    "-fno-trapping-math", "-Wall", "-Wextra", "-g0",
+    "-std=c11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-Wall", "-Wextra", "-Wa,-I.",
 )  # fmt: skip
+"""What the code needs; `-Wa,-I` is where the assembler finds the weights."""
+
+TUNING = ("-O3", "-g0")
+
+LINKING = (
+    "-shared", "-Wl,-Bsymbolic-functions", "-Wl,--build-id=none", "-s",
+)  # fmt: skip
+
+LIBRARIES = ("-lm", "-lpthread")
 
 
 def compiler() -> list[str]:
@@ -37,19 +53,81 @@ def compiler() -> list[str]:
     )
 
 
-def compiler_version() -> str:
-    """The first line of `cc --version`."""
+def user_flags(name: str) -> list[str]:
+    """The words of `CFLAGS` or `LDFLAGS`."""
+    return shlex.split(os.environ.get(name, ""))
+
+
+def versions() -> dict[str, str]:
+    """The first line of `cc --version`, the machine it compiles for, and the user's flags."""
     with Children() as children:
-        return _run([*compiler(), "--version"], Path.cwd(), children).splitlines()[0]
+        text = _run([*compiler(), "--version"], Path.cwd(), children).splitlines()[0]
+    found = {"cc": text, "cc machine": target_machine()}
+    return found | {n: " ".join(user_flags(n)) for n in ("CFLAGS", "LDFLAGS") if user_flags(n)}
 
 
-def build(directory: Path, sources: Sequence[str], flags: Sequence[str], library: str) -> str:
-    """Compile and link `sources` of `directory` into `library` there; return the warnings.
+def target_machine() -> str:
+    """What the compiler compiles for, such as "x86_64-linux-gnu"."""
+    return _asked((*compiler(), *user_flags("CFLAGS")), "-dumpmachine")
+
+
+def require_machine(isa: Isa) -> None:
+    """Raise `InputError` when the compiler is for a machine that never has `isa`."""
+    machine = target_machine()
+    if isa.flags and not machine.startswith(("x86_64", "amd64", "i")):
+        raise InputError(
+            f"target cpu: isa={isa.name} is of x86-64, but the C compiler makes code for "
+            f"{machine}; give isa=portable."
+        )
+
+
+def compiles_for_here() -> bool:
+    """Whether what the compiler makes runs on this machine's processor and system."""
+    triple = target_machine().lower()
+    processor = triple.partition("-")[0]
+    here = platform.machine().lower()
+    if _PROCESSORS.get(processor, processor) != _PROCESSORS.get(here, here):
+        return False
+    musl = "musl" in triple
+    return platform.system().lower() in triple and musl == (platform.libc_ver()[0] != "glibc")
+
+
+_PROCESSORS = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+@functools.cache
+def _asked(command: tuple[str, ...], question: str) -> str:
+    with Children() as children:
+        return _run([*command, question], Path.cwd(), children).strip()
+
+
+def archiver() -> list[str]:
+    """The archiver's command: `AR`, else what the compiler brings, else ar."""
+    named = os.environ.get("AR")
+    if named:
+        command = shlex.split(named)
+    else:
+        command = [_asked(tuple(compiler()), "-print-prog-name=ar") or "ar"]
+    if command and shutil.which(command[0]):
+        return command
+    raise ToolchainError(
+        f"the archiver {' '.join(command)!r} was not found; install binutils, or set AR to one "
+        f"that is."
+    )
+
+
+def build(
+    directory: Path, sources: Sequence[str], flags: Sequence[str], library: str,
+    archive: str | None = None,
+) -> str:  # fmt: skip
+    """Compile `sources` of `directory` and link them into `library` there, and put them into
+    `archive`; return the warnings.
 
     The bytes depend on the sources, the flags and the compiler: commands name files relative to
-    `directory`, and objects carry no debug information.
+    `directory`, objects carry no debug information and archives no dates.
     """
     command = compiler()
+    own = user_flags("CFLAGS")
     objects = [f"{Path(s).stem}.o" for s in sources]
 
     try:
@@ -57,15 +135,17 @@ def build(directory: Path, sources: Sequence[str], flags: Sequence[str], library
 
             def compile_one(pair: tuple[str, str]) -> str:
                 source, target = pair
-                steps = [*command, *FLAGS, *flags, "-c", source, "-o", target]
+                steps = [*command, *FLAGS, *TUNING, *flags, *own, "-c", source, "-o", target]
                 return _run(steps, directory, children)
 
             warnings = list(pool.map(compile_one, zip(sources, objects, strict=True)))
             _run(
-                [*command, "-shared", "-o", library, *objects, "-Wl,--build-id=none", "-s", "-lm",
-                 "-lpthread"],
+                [*command, *own, *LINKING, f"-Wl,-soname,{Path(library).name}", "-o", library,
+                 *objects, *user_flags("LDFLAGS"), *LIBRARIES],
                 directory, children,
             )  # fmt: skip
+            if archive is not None:
+                _run([*archiver(), "rcsD", archive, *objects], directory, children)
     finally:
         for name in objects:
             (directory / name).unlink(missing_ok=True)

@@ -104,7 +104,7 @@ def test_c_code_is_that_of_plain_names(tmp_path: Path) -> None:
         inputs = {source.inputs[0].name: x}
         assert_close(runner.run(inputs), run_onnx(source, inputs))
         runner.close()
-        texts.append({f.name: f.read_text() for f in directory.glob("*.[ch]")})
+        texts.append({f.name: f.read_text() for f in directory.rglob("*.[ch]")})
     odd, tame = texts
     assert odd.keys() == tame.keys()
     for name, text in odd.items():

@@ -21,7 +21,7 @@ import numpy as np
 from optcompiler.binding import bind
 from optcompiler.program import Program
 from optcompiler.target import Target
-from optcompiler_cpu.backend import LIBRARY, WEIGHTS, CpuBackend, emit
+from optcompiler_cpu.backend import CpuBackend, emit
 from optcompiler_cpu.isa import ISAS
 from optcompiler_cpu.module import describe
 from optcompiler_cpu.runner import CpuRunner
@@ -74,10 +74,10 @@ def full(program: Program, directory: Path) -> CpuRunner:
 
 def quick(program: Program, directory: Path) -> CpuRunner:
     lowered, module = emit(program, ISAS["portable"])
-    weights = directory / WEIGHTS
-    weights.write_bytes(module.weights)
-    library = built(tuple(sorted(module.sources.items())))
-    return CpuRunner(library, weights, describe(lowered), module.steps, 1)
+    (directory / f"{module.name}.weights").write_bytes(module.weights)
+    library = built(tuple(sorted(module.sources.items())), f"lib{module.name}.so")
+    (directory / library.name).symlink_to(library)
+    return CpuRunner(directory, module.name, describe(lowered), module.steps, 1)
 
 
 @functools.cache
@@ -85,20 +85,21 @@ def libraries() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="optcompiler-conformance-")
 
 
-def built(sources: tuple[tuple[str, str], ...]) -> Path:
+def built(sources: tuple[tuple[str, str], ...], name: str) -> Path:
     """The library of these texts, compiled as one translation unit."""
     key = hashlib.sha256(repr(sources).encode()).hexdigest()
-    library = Path(libraries().name) / key / LIBRARY
+    library = Path(libraries().name) / key / name
     if not library.exists():
-        library.parent.mkdir(exist_ok=True)
-        units = [name for name, _ in sources if name.endswith(".c")]
+        (library.parent / "src").mkdir(parents=True, exist_ok=True)
+        units = [path for path, _ in sources if path.endswith(".c")]
         (library.parent / "unit.c").write_text("".join(f'#include "{u}"\n' for u in units))
-        for name, text in sources:
-            (library.parent / name).write_text(text, encoding="utf-8")
-        flags = ["-std=gnu11", "-O0", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+        for path, text in sources:
+            (library.parent / path).write_text(text, encoding="utf-8")
+        flags = ["-std=c11", "-O0", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
+                 "-D_POSIX_C_SOURCE=200809L"]  # fmt: skip
         done = subprocess.run(
             [*compiler(), *flags, f"-D{ISAS['portable'].macro}", "-shared", "-Wall", "-Werror",
-             "unit.c", "-o", LIBRARY, "-lm", "-lpthread"],
+             "unit.c", "-o", name, "-lm", "-lpthread"],
             cwd=library.parent, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert not done.returncode, done.stderr[:2000]

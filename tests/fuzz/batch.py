@@ -103,7 +103,7 @@ class Batch:
     def _build(self, directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         runtime = resources.files("optcompiler_cpu") / "runtime"
-        headers = [p.name for p in runtime.iterdir() if p.name.endswith(".h") and p.name != "net.h"]
+        headers = [p.name for p in runtime.iterdir() if p.name.endswith(".h")]
         for name in headers:
             (directory / name).write_text((runtime / name).read_text())
         headers.sort(key=lambda name: (name != "simd.h", name))

@@ -1,0 +1,35 @@
+"""What a C or C++ project finds and checks the library by: CMake, pkg-config, make, a check."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import PurePath
+
+from optcompiler._version import __version__
+from optcompiler_cpu.isa import Isa
+from optcompiler_cpu.module import Module, template
+from optcompiler_cpu.toolchain import FLAGS, LIBRARIES, LINKING, TUNING
+
+
+def package(module: Module, isa: Isa) -> dict[str, str]:
+    """Texts by path."""
+    name = module.name
+    small = "src/scalar.h" in module.sources
+    flags = [flag for flag in FLAGS if not flag.startswith("-Wa,")]
+    makefile = template(
+        "Makefile.in",
+        NAME=name,
+        OBJECTS=" ".join(f"{PurePath(unit).stem}.o" for unit in module.units),
+        FLAGS=shlex.join((*flags, f"-D{isa.macro}", *isa.flags)),
+        TUNING=shlex.join(TUNING),
+        LINKING=shlex.join(LINKING),
+        LIBRARIES=shlex.join(LIBRARIES),
+    )
+    return {
+        f"{name}Config.cmake": template("Config.cmake.in", NAME=name),
+        f"{name}.pc": template("net.pc.in", NAME=name, VERSION=__version__),
+        "src/Makefile": makefile,
+        "src/verify.c": template(
+            "verify.c.in", NAME=name, SMALL='#include "scalar.h"' if small else ""
+        ),
+    }
