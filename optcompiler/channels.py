@@ -183,7 +183,7 @@ class ChannelGraph:
         order = self._order
         found: list[tuple[list[str], np.ndarray, list[Member]]] = []
         for component in map(frozenset, components):
-            if not component.isdisjoint(self._made):
+            if any(key in self._made for key in component):
                 found += self._split(component)
         found.sort(key=lambda item: (order[item[0][0]], int(np.argmax(item[1] >= 0))))
         seen: dict[str, int] = {}
