@@ -21,7 +21,14 @@ from optcompiler_cpu.module import Module, describe, print_module
 from optcompiler_cpu.naming import DEFAULT, checked_name, library_name
 from optcompiler_cpu.packaging import package
 from optcompiler_cpu.runner import CpuRunner
-from optcompiler_cpu.toolchain import build, compiler, compiles_for_here, require_machine, versions
+from optcompiler_cpu.toolchain import (
+    build,
+    compiler,
+    is_here,
+    require_machine,
+    target_machine,
+    versions,
+)
 from optcompiler_cpu.winograd import is_winograd, multiplications
 
 OPTIONS = {"isa": ("native", *ISAS), "weights": ("file", "embedded")}
@@ -68,7 +75,7 @@ class CpuBackend(Backend):
         options = dict(checked_options(target))
         native = options.get("isa", "native") == "native"
         options["isa"] = (
-            "portable" if native and not compiles_for_here() else pick_isa(options).name
+            "portable" if native and not is_here(target_machine()) else pick_isa(options).name
         )
         return Target(
             "cpu", threads=target.threads, sizes=target.sizes, name=target.name, **options
@@ -78,7 +85,7 @@ class CpuBackend(Backend):
         return library_name(text)
 
     def runs_here(self, target: Target) -> bool:
-        return supported(pick_isa(target.options)) and compiles_for_here()
+        return supported(pick_isa(target.options)) and is_here(target_machine())
 
     def nominal_profile(self, target: Target) -> DeviceProfile | None:
         return None if self.runs_here(target) else nominal_profile(self.name, target.threads)
@@ -119,6 +126,7 @@ class CpuBackend(Backend):
             f"lib{name}.a",
         )  # fmt: skip
         return {
+            "machine": target_machine(),
             "isa": isa.name,
             "name": name,
             "embedded": embedded,
@@ -128,6 +136,11 @@ class CpuBackend(Backend):
         }
 
     def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
+        if not is_here(str(info["machine"])):
+            raise InputError(
+                f"the artifact is for {info['machine']!r}, which this machine is not; compile it "
+                f"here, or check it there with its Makefile."
+            )
         isa = ISAS.get(str(info["isa"]))
         if isa is None or not supported(isa):
             raise InputError(

@@ -81,9 +81,9 @@ def require_machine(isa: Isa) -> None:
         )
 
 
-def compiles_for_here() -> bool:
-    """Whether what the compiler makes runs on this machine's processor and system."""
-    triple = target_machine().lower()
+def is_here(machine: str) -> bool:
+    """Whether this machine's processor and system are those of the triple `machine`."""
+    triple = machine.lower()
     processor = triple.partition("-")[0]
     here = platform.machine().lower()
     if _PROCESSORS.get(processor, processor) != _PROCESSORS.get(here, here):

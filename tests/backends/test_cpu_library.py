@@ -8,12 +8,13 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import optcompiler as oc
-from optcompiler.errors import InputError
+from optcompiler.errors import InputError, ToolchainError
 from optcompiler_cpu.backend import CpuBackend
 from optcompiler_cpu.isa import ISAS, supported
 from optcompiler_cpu.naming import TAKEN, is_name, library_name
@@ -24,6 +25,7 @@ from tests.support import random_inputs, run_onnx
 TINY = "(float[2, 3] x) => (float[2, 3] y) { y = Relu(x) }"
 PAIR = "(float[2, 3] x) => (float[2, 2] y) { y = MatMul(x, w) }"
 COMPILERS = [c for c in ("gcc", "clang") if shutil.which(c)]
+INFO: dict[Path, Mapping[str, Any]] = {}
 HERE = [name for name, isa in ISAS.items() if supported(isa)]
 
 
@@ -31,7 +33,8 @@ def lowered(source: oc.Program, place: Path, name: str | None = None, **options:
     """The code of `source` in a folder of its own in `place`."""
     code = place / (name or "net") / "code"
     code.mkdir(parents=True)
-    CpuBackend().lower(source, oc.Target("cpu", threads=1, name=name, **options), code)
+    target = oc.Target("cpu", threads=1, name=name, **options)
+    INFO[code] = CpuBackend().lower(source, target, code)
     return code
 
 
@@ -194,22 +197,12 @@ def test_the_same_bytes_of_libraries_with_embedded_weights(tmp_path: Path) -> No
     for place in ("a", "elsewhere/b"):
         code = lowered(program(PAIR, w=(3, 2)), tmp_path / place, "one", weights="embedded")
         found.append({p.name: p.read_bytes() for p in code.rglob("*.*")})
-        runner = CpuBackend().load(
-            code, {"isa": HERE[0], "name": "one", "steps": [], "ports": ports(code)}, threads=1
-        )
+        runner = CpuBackend().load(code, INFO[code], threads=1)
         inputs = random_inputs(program(PAIR, w=(3, 2)))
         want = run_onnx(program(PAIR, w=(3, 2)), inputs)
         np.testing.assert_allclose(runner.run(inputs)[0], want[0], rtol=1e-5)
         runner.close()
     assert found[0] == found[1]
-
-
-def ports(code: Path) -> dict[str, list[dict[str, object]]]:
-    assert (code / "one.h").exists()
-    return {
-        "inputs": [{"name": "x", "dtype": "FLOAT", "shape": [2, 3]}],
-        "outputs": [{"name": "y", "dtype": "FLOAT", "shape": [2, 2]}],
-    }
 
 
 # -- names --------------------------------------------------------------------------------------
@@ -312,3 +305,63 @@ def test_the_check_holds_and_fails_where_weights_or_values_differ(net: str, tmp_
     done = check(artifact, tmp_path / "b", REFERENCE=tmp_path / "other.bin")
     assert done.returncode
     assert re.fullmatch(r"mine: output y differs by \S+, more than 0.001\n", done.stdout)
+
+
+# -- another machine ----------------------------------------------------------------------------
+
+FOREIGN = """#!/bin/sh
+for word; do [ "$word" = -dumpmachine ] && echo aarch64-linux-gnu && exit; done
+exec cc "$@"
+"""
+
+
+def test_what_is_compiled_for_another_machine_is_written_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "foreign-cc"
+    compiler.write_text(FOREIGN)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    source = program(TINY)
+    with oc.compile(source, random_inputs(source), target="cpu:threads=1") as compiled:
+        compiled.save(tmp_path / "net")
+        assert compiled.target.options["isa"] == "portable"
+        assert not compiled.measurements["ran_here"]
+        assert compiled.measurements["measured_us"] is None
+    with oc.load(tmp_path / "net") as net, pytest.raises(InputError, match="'aarch64-linux-gnu'"):
+        net.run(random_inputs(source))
+    with pytest.raises(InputError, match=r"isa=avx2 is of x86-64, but .* for aarch64-linux-gnu"):
+        CpuBackend().lower(source, oc.Target("cpu", isa="avx2"), tmp_path)
+
+
+def test_flags_are_honoured_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLAGS", "-O1 -DOWN='x y'")
+    monkeypatch.setenv("LDFLAGS", "-Wl,-z,now")
+    assert CpuBackend().versions().items() >= {
+        "CFLAGS": "-O1 -DOWN=x y", "LDFLAGS": "-Wl,-z,now",
+    }.items()  # fmt: skip
+    code = lowered(program(TINY), tmp_path)
+    assert "BIND_NOW" in ran("readelf", "-d", code / "libnet.so", cwd=tmp_path)
+    monkeypatch.setenv("CFLAGS", "--no-such-flag")
+    with pytest.raises(ToolchainError, match="no-such-flag"):
+        lowered(program(TINY), tmp_path, "other")
+
+
+@pytest.mark.slow
+def test_an_arm_library_agrees_under_an_emulator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cc = "aarch64-linux-gnu-gcc"
+    if not shutil.which(cc) or not shutil.which("qemu-aarch64"):
+        pytest.skip(f"no {cc} or no qemu-aarch64")
+    monkeypatch.setenv("CC", cc)
+    body, weights = INTEGERS["convolutions"]
+    source = program(body, **weights)
+    with oc.compile(source, random_inputs(source), target="cpu:threads=1") as compiled:
+        compiled.save(tmp_path / "art")
+    build = tmp_path / "b"
+    done = check(
+        tmp_path / "art", build, LIBRARY=build / "libnet.a", LDFLAGS="-static", RUN="qemu-aarch64"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "values agree" in done.stdout
