@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -81,7 +82,9 @@ def run(task: Task, show: bool) -> dict[str, Any] | str:
     for line in reversed(done.stdout.splitlines()):
         if line.startswith(RESULT):
             return json.loads(line.removeprefix(RESULT))
-    return f"exit status {done.returncode}: {last}"
+    ended = done.returncode
+    how = f"ended by {signal.Signals(-ended).name}" if ended < 0 else f"exit status {ended}"
+    return f"{how}, having said last: {last[:200]}"
 
 
 def say(text: str) -> None:
