@@ -7,9 +7,10 @@
 
 Each model, batch and number of threads is a process of its own, pinned to as many cores. In it all
 tools are built and warmed, then timed in turn in rounds, so that a drifting machine drifts for all;
-a number is the median over the rounds of the least of a round. Ours in int8 has no budget for accuracy here and nothing is
-tuned for it, as the peers have none. Fractions of peak count the float model's multiply-accumulates
-against what the same core reached in the same process on products in registers (`peaks.c`).
+a number is the median over the rounds of the least of a round. Ours in int8 has no budget for
+accuracy here and nothing is tuned for it, as the peers have none. Fractions of peak count the float
+model's multiply-accumulates against what the same core reached in the same process on products in
+registers (`peaks.c`).
 `--kernels` prints each kernel of ours beside its floor in place of the peers.
 """
 
