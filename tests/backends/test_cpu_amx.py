@@ -67,7 +67,7 @@ def test_convolutions_are_those_of_vnni(
     [amx] = compiled(net, tmp_path / "amx", "amx_int8", x)
     [vnni] = compiled(net, tmp_path / "vnni", "avx512_vnni", x)
     np.testing.assert_array_equal(amx, vnni)
-    assert "tile_amx_" in (tmp_path / "amx" / "kernels.h").read_text()
+    assert "tile_amx_" in (tmp_path / "amx" / "src" / "kernels.h").read_text()
 
 
 @pytest.mark.skipif(not HERE, reason="this machine has no AMX")
@@ -89,4 +89,4 @@ def test_products_are_those_of_vnni(tmp_path: Path, m: int, k: int, n: int) -> N
     [amx] = compiled(net, tmp_path / "amx", "amx_int8", x, threads=2)
     [vnni] = compiled(net, tmp_path / "vnni", "avx512_vnni", x)
     np.testing.assert_array_equal(amx, vnni)
-    assert ("tile_amx_" in (tmp_path / "amx" / "kernels.h").read_text()) == (m >= 8)
+    assert ("tile_amx_" in (tmp_path / "amx" / "src" / "kernels.h").read_text()) == (m >= 8)
