@@ -94,7 +94,7 @@ def say(text: str) -> None:
 
 def show(results: Sequence[Mapping[str, Any]], precisions: Sequence[str]) -> None:
     for precision in precisions:
-        print(f"\n## {precision}\n\n{table(results, precision) or 'nothing ran'}")
+        print(f"\n## {precision}\n\n{table(results, precision) or 'ours did not run'}")
     print("\n" + "\n".join(remarks(results)))
 
 
@@ -127,6 +127,8 @@ def main() -> None:
     threads = [int(n) for n in options.threads.split(",")]
     if max(threads) > len(cores):
         raise SystemExit(f"--threads {max(threads)}: this process may use {len(cores)} cores.")
+    # An exception in place of a sudden end: it takes the process that is measuring along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results: list[dict[str, Any]] = []
     for model in models:
         for batch in map(int, options.batches.split(",")):
