@@ -74,7 +74,7 @@ class Exact:
         if isinstance(patch, Refusal):
             return program, session.row(pass_, candidate, patch.outcome, patch.reason)
         saving = session.saving_us(program, patch.after)
-        row = self._judged(candidate, saving, program, _grown(patch))
+        row = self._judged(candidate, saving, program, _sizes(patch))
         if row.outcome != TAKEN:
             return program, row
         session.require_sound(pass_, candidate, patch)
@@ -185,7 +185,7 @@ class Exact:
         return after, [(c, known[id(c)]) for c in candidates]
 
 
-def _grown(patch: Patch) -> str:
+def _sizes(patch: Patch) -> str:
     before, after = len(patch.before.graph), len(patch.after.graph)
     return f"{before} nodes become {after}" if before != after else "exact"
 

@@ -37,15 +37,17 @@ def compile(place, name, target, damage, lockable=False, **options):
     module, x = NETS[name]()
     lock = f"{locked}/{place}" if locked and lockable else None
     made = oc.compile(
-        module, (x,), target=oc.Target(target, threads=1), calibration=batches(name, x),
+        module, (x,), target=target, calibration=batches(name, x),
         passes=["default", "distill:steps=48"], budget=oc.Budget(max_damage=damage), damage="nmse",
         locked=lock, **options,
     )
     made.save(f"{out}/{place}")
     made.close()
 
-compile("locked", "bert", "onnxruntime", 1e-6, lockable=True, precision="int8")
-compile("untimed", "digits", "cpu", 1e-4, precision="int8", timing=False)
+stock, portable = oc.Target("onnxruntime", threads=1), oc.Target("cpu", threads=1, isa="portable")
+compile("locked", "bert", stock, 1e-6, lockable=True, precision="int8")
+# nominal prices: the same plan, and tuning, on every machine
+compile("untimed", "digits", portable, 1e-4, precision="int8", timing=False)
 """
 
 
@@ -91,9 +93,8 @@ def test_modules_compile_to_the_same_directory(one: Place, other: Place):
         assert contents_of(second / "made" / place) == expected
         words = [str(first.parent).encode(), torch.__file__.encode()]
         assert not [n for n, content in expected.items() if any(w in content for w in words)]
-    ledgers = [(first / "made" / p / "ledger.json").read_text() for p in ("locked", "untimed")]
-    if not any("48 steps" in ledger for ledger in ledgers):
-        pytest.skip("the same, but on this machine no plan spends enough to be tuned")
+    ledger = (first / "made" / "untimed" / "ledger.json").read_text()
+    assert "kd 48 steps" in ledger
 
 
 def test_a_file_compiles_to_the_same_directory_wherever_it_lies(one: Place, other: Place):

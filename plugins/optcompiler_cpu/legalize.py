@@ -127,15 +127,23 @@ def _room_to_read(lowered: Lowered, isa: Isa) -> None:
     steps: list[Step] = []
     for step in lowered.steps:
         if (
-            isinstance(step, MatMul)
+            isinstance(step, (Conv, MatMul))
             and step.a.quantization is not None
             and step.a.view.buffer.kind != "temp"
-            and step.a.view.shape[-1] % isa.tiling(True, product(step.a.view.shape[:-1])).step
         ):
-            steps.append(copy := _copy(lowered, step, row_major(step.a.view.shape)))
-            step = replace(step, a=replace(step.a, view=copy.out))
+            shape = step.a.view.shape
+            if isinstance(step, Conv) and not any(step.pads):  # a halo makes a copy anyway
+                steps.append(copy := _copy(lowered, step, channels_last(shape)))
+                step = replace(step, a=replace(step.a, view=copy.out))
+            elif isinstance(step, MatMul) and shape[-1] % _step_of(isa, shape):
+                steps.append(copy := _copy(lowered, step, row_major(shape)))
+                step = replace(step, a=replace(step.a, view=copy.out))
         steps.append(step)
     lowered.steps = steps
+
+
+def _step_of(isa: Isa, shape: tuple[int, ...]) -> int:
+    return isa.tiling(True, product(shape[:-1])).step
 
 
 def _copy(lowered: Lowered, step: Conv | MatMul, strides: tuple[int, ...]) -> Loop:

@@ -28,6 +28,17 @@ PRECISIONS = {"resnet": "int8", "mobilenet": "fp32", "bert": "int8", "digits": "
 WRITTEN = {
     "convolutions": INTEGERS["convolutions"],
     "block": FLOATS["block"],
+    "bytes": (
+        """(uint8[1, 1, 16, 16] x) => (float[1, 4, 14, 14] y)
+        <float s = {0.05}, uint8 z = {117}, float[4] ws = {0.01, 0.02, 0.03, 0.04},
+         int8[4] wz = {0, 0, 0, 0}> {
+            d = DequantizeLinear(x, s, z)
+            q = QuantizeLinear<axis = 0>(w, ws, wz)
+            k = DequantizeLinear<axis = 0>(q, ws, wz)
+            y = Conv(d, k)
+        }""",
+        {"w": (4, 1, 3, 3)},
+    ),
     "divided": (
         """(float[1, 8, 40, 40] x) => (float[1, 40, 40, 24] y) {
             c = Conv<pads = [1, 1, 1, 1]>(x, w)
@@ -62,7 +73,7 @@ def compiled(net: str) -> tuple[oc.Program, bytes]:
     ) as made:  # fmt: skip
         assert made.program is not None
         integer = any(k["dtype"] == "int8" for k in made.measurements["kernels"])
-        assert integer == (precision == "int8" or net == "convolutions")
+        assert integer == (precision == "int8" or net in ("convolutions", "bytes"))
         return made.program, (made.directory / "reference.bin").read_bytes()
 
 
