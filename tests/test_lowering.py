@@ -12,6 +12,7 @@ import pytest
 
 from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.lowering import kernels_of, lower
+from optcompiler.lowering.build import view_array, whole
 from optcompiler.lowering.expressions import OPERATIONS, POINTWISE
 from optcompiler.lowering.ir import (
     Accumulator,
@@ -392,3 +393,12 @@ def test_every_pointwise_operator_uses_declared_operations() -> None:
             if isinstance(e, Call):
                 assert e.op in OPERATIONS
                 stack += e.args
+
+
+def test_a_view_of_a_repeated_number_reads_that_number_alone():
+    memory = np.arange(9, dtype=np.int8)
+    repeated = np.broadcast_to(memory[4:5].reshape(()), (4, 3))
+    view = whole(Buffer(0, "INT8", 12, "constant", "", repeated), (4, 3))
+    assert (view_array(view) == 4).all()
+    turned = View(view.buffer, (3, 4), (-1, 3), 2)
+    assert (view_array(turned) == 4).all()

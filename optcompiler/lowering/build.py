@@ -352,5 +352,6 @@ def view_array(view: View) -> np.ndarray:
     array = view.buffer.array
     assert array is not None
     flat = array.reshape(-1)[view.offset :]
-    strides = tuple(s * flat.itemsize for s in view.strides)
+    # a number repeated without copies has one element in memory, whatever its size
+    strides = tuple(s * flat.strides[0] for s in view.strides)
     return np.lib.stride_tricks.as_strided(flat, view.shape, strides, writeable=False)

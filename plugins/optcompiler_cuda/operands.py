@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from optcompiler.lowering.build import view_array
 from optcompiler.lowering.ir import Operand, Quantization, View
 from optcompiler_cuda.text import Axis, KernelText
 
@@ -57,13 +58,4 @@ def finish_total(
 
 def constant_array(view: View) -> np.ndarray | None:
     """The elements of a view of a constant, or None when its buffer is not one."""
-    array = view.buffer.array
-    if array is None:
-        return None
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return np.lib.stride_tricks.as_strided(
-        flat[view.offset :],
-        view.shape,
-        tuple(stride * flat.itemsize for stride in view.strides),
-        writeable=False,
-    )
+    return None if view.buffer.array is None else view_array(view)
