@@ -289,7 +289,7 @@ def _bounds_of(node: ir.Node, index: int, bounds: dict[str, Interval]) -> Interv
     if known is not None:
         return known
     held = constant(value)
-    if held is not None:
+    if held is not None and held.size:
         exact = held.astype(np.float64)
         return exact, exact
     ones = (1,) * len(value.shape or ())
