@@ -80,14 +80,18 @@ def _parameter(expr: Expr, axis: int | None) -> np.ndarray | None:
 def operands(
     low: Lowering, node: ir.Node, a: ir.Value, b: ir.Value, axis_b: int, permute_b: bool = False
 ) -> tuple[Operand, Operand]:
-    """Both integers where both sides are quantised and the second constant, else both floats."""
+    """Both integers where both sides are quantised and the target multiplies such, else floats.
+
+    A constant second side has no zero point; a computed one has it in the middle of its type.
+    """
     second = low.expr(b)
     if permute_b:
         second = map_views(second, lambda v: v.permute((1, 0)))
     qa, qb = quantised(low.expr(a), None), quantised(second, axis_b)
-    if qa is not None and qb is not None and qb.view.buffer.array is not None:
-        assert qb.quantization is not None
-        if not qb.quantization.zero_point.any():
+    if qa is not None and qb is not None and qb.quantization is not None:
+        fixed = qb.view.buffer.array is not None
+        middle = 128 if qb.view.dtype == "UINT8" and not fixed else 0
+        if (fixed or low.computed_integers) and (qb.quantization.zero_point == middle).all():
             return qa, qb
     return float_operand(low, node, a), float_operand(low, node, b, permute_b)
 

@@ -51,8 +51,10 @@ class Lowering(Builder):
         rules: Mapping[str, Rule],
         values: bool,
         decompositions: Mapping[str, Decomposition],
+        computed_integers: bool = False,
     ) -> None:
         self.rules = rules
+        self.computed_integers = computed_integers
         super().__init__(flatten(program, values, self.has_rule, decompositions))
         self.done: set[ir.Node] = set()
 

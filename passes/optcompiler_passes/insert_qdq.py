@@ -56,7 +56,8 @@ class InsertQdq(Pass):
     Rules:
     1. A site is a node whose type is among the target's `integer_ops`. A contraction with a
        constant weight quantises that symmetrically per output channel (Conv axis 0, Gemm by transB,
-       MatMul's [K, N] axis 1); one of two activations quantises both.
+       MatMul's [K, N] axis 1); one of two activations quantises both, the second symmetrically:
+       kernels multiply by signed bytes.
     2. A value has one pair, whoever asks for it. It is placed before the reshapes, transposes and
        poolings that lead from an integer kernel to the reader, and those carry the same scale.
     3. The output is quantised where the target's kernel cannot write float, after the Relu or Clip
@@ -99,13 +100,15 @@ class InsertQdq(Pass):
         )
         dtype = context.capabilities.activation_dtype
         bits = ir.DataType[dtype].bitwidth
+        multipliers = {name for site in survey.sites for name in site.multipliers}
         ranges: dict[str, tuple[np.float32, int]] = {}
         broken: dict[str, int] = {}
         for name, observer in observers.items():
             if observer.non_finite:
                 broken[name] = observer.non_finite
             else:
-                ranges[name] = quantization_parameters(*observer.range(bits, False), dtype)
+                even = name in multipliers
+                ranges[name] = quantization_parameters(*observer.range(bits, even), dtype, even)
         for site in survey.sites:
             bad = next((n for n in site.watched if n in broken), None)
             if bad is not None:
@@ -162,6 +165,7 @@ class Site:
     `chains` gives for an operand index the values from the one whose range counts down to the
     operand, each but the first made from the one before by an operator that keeps its levels.
     `weight` is (operand index, channel axis). `output` is the value to quantise for every reader.
+    `multipliers` are roots of chains that lead to the second operand of a product of activations.
     """
 
     node: str
@@ -169,6 +173,7 @@ class Site:
     chains: tuple[tuple[int, tuple[str, ...]], ...]
     weight: tuple[int, int] | None = None
     output: str | None = None
+    multipliers: tuple[str, ...] = ()
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -363,6 +368,7 @@ class Survey:
             if value is not None and dequantizer(value) is None:
                 chains.append((index, self._chain(value)))
         weight = self._weights.get(node)
+        products = node in self._weights and weight is None
         if weight is not None and dequantizer(node.inputs[weight[0]]) is not None:
             weight = None
         output = self._output(node)
@@ -377,6 +383,7 @@ class Survey:
                 tuple(chains),
                 weight,
                 str(output.name) if output is not None else None,
+                tuple(chain[0] for index, chain in chains if index == 1 and products),
             )
         )
 

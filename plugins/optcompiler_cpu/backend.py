@@ -38,7 +38,7 @@ def emit(
     program: Program, isa: Isa, name: str = DEFAULT, *, embedded: bool = False
 ) -> tuple[Lowered, Module]:
     """The program in the form that is printed, and the text and weights of its artifact."""
-    lowered = lower(program, plan=False)
+    lowered = lower(program, plan=False, computed_integers=True)
     legalize(lowered, isa)
     plan(lowered)
     return lowered, print_module(lowered, isa, name, embedded=embedded)
@@ -105,7 +105,7 @@ class CpuBackend(Backend):
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
         isa = pick_isa(target.options)
-        lowered = lower(program, plan=False, values=False)
+        lowered = lower(program, plan=False, values=False, computed_integers=True)
         return [_as_printed(step, kernel_of(step), isa) for step in lowered.steps]
 
     def lower(

@@ -165,8 +165,6 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         matrices = conv_matrix(step, shape, tiling.step)
     else:
         shape = matmul_shape(step)
-        if not prepared(step):
-            return _dynamic(step, shape, isa)
         tiling = isa.tiling(shape.integer, product(shape.dims))
         array = view_array(step.b.view)
         matrix = array.reshape(-1, *array.shape[-2:])[0]
@@ -180,7 +178,7 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
     pointers.data("w", panels, "int8_t" if integer else "float")
     pointers.data("init", _initial(step, matrices, blocks, isa), "int32_t" if integer else "float")
     if integer:
-        pointers.data("scale", _scales(step, isa), "float")
+        pointers.data("scale", scales(step, isa), "float")
     total = sum(b.tiles for b in blocks)
     epilogue, args = print_epilogue(step, shape, pointers, isa)
     table = ", ".join(
@@ -207,7 +205,7 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         f"    const int m = i * k.rows, rows = m + k.rows <= {rows} ? k.rows : {rows} - m;",
         *(
             f"    {line}"
-            for line in _tile_call(shape, a, "k.w + w", "init + k.init", tiles, args, tiling)
+            for line in tile_call(shape, a, "k.w + w", "init + k.init", tiles, args, tiling)
         ),
         "  }",
         "}",
@@ -218,7 +216,7 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
     return KernelCode(text, pointers.finish(), tiles=frozenset(tiles))
 
 
-def _tile_call(
+def tile_call(
     shape: Shape, a: str, w: str, init: str, tiles: set[tuple[str, int, int]], args: list[str],
     tiling: Tiling,
 ) -> list[str]:  # fmt: skip
@@ -308,7 +306,7 @@ def _initial(
     return np.concatenate(parts).astype(np.int32 if integer else np.float32)
 
 
-def _scales(step: Conv | MatMul, isa: Isa) -> np.ndarray:
+def scales(step: Conv | MatMul, isa: Isa) -> np.ndarray:
     assert step.a.quantization is not None
     assert step.b.quantization is not None
     count = step.out.shape[1] if isinstance(step, Conv) else step.out.shape[-1]
@@ -394,64 +392,6 @@ def print_epilogue(
     )  # fmt: skip
     body = [*pointers.declarations(pieces), "(void)width;", "int j = n;", *pieces]
     return f"static void @_store({parameters}) {{\n{indent(body)}\n}}\n", args
-
-
-def _dynamic(step: MatMul, shape: Shape, isa: Isa) -> KernelCode:
-    """A product of two computed operands: each panel is packed into scratch before its tiles."""
-    pointers = Pointers()
-    a = pointers.view(shape.a)
-    *batch, m = shape.dims
-    units = product(tuple(batch))
-    k = shape.length
-    columns = column_blocks(shape.n, isa, isa.floats)
-    height = {v: tile_rows(m, v, isa.floats) for _, v in columns}
-    blocks = [
-        Block(n, min(shape.n, n + v * isa.lanes), v, height[v], -(-m // height[v]), 0, 0)
-        for n, v in columns
-    ]
-    zeros = np.zeros(isa.floats.widest * isa.lanes, np.float32)
-    if step.bias is not None:
-        zeros = np.zeros(columns[-1][0] + isa.floats.widest * isa.lanes, np.float32)
-        zeros[: shape.n] = step.bias
-    pointers.data("init", zeros, "float")
-    b = pointers.view(step.b.view)
-    *b_batch, sk, sn = step.b.view.strides
-    tiles = {("f32", c.vectors, r) for c in blocks for r in (c.rows, m - (c.tiles - 1) * c.rows)}
-    epilogue, args = print_epilogue(step, shape, pointers, isa)
-    table = ", ".join(
-        f"{{{c.n}, {c.stop}, {c.vectors}, {c.rows}, {c.tiles}, "
-        f"{c.n if step.bias is not None else 0}, 0, 0}}"
-        for c in blocks
-    )
-    names = [f"u{d}" for d in range(len(batch))]
-    where = linear(names, b_batch, step.b.view.offset)
-    total = units * len(blocks)
-    body = [
-        f"static const struct oc_block blocks[] = {{{table}}};",
-        "float *const panel = (float *)scratch;",
-        f"const int first = (int)((long)part * {total} / parts);",
-        f"const int last = (int)((long)(part + 1) * {total} / parts);",
-        "for (int t = first; t < last; ++t) {",
-        f"  const long unit = t / {len(blocks)};",
-        f"  const struct oc_block k = blocks[t % {len(blocks)}];",
-        *(f"  {line}" for line in coordinates("unit", batch, names)),
-        f"  pack_f32(panel, {b} + {where} + k.n * {sn}L, {k}, k.stop - k.n, k.vectors * VL, "
-        f"{sk}, {sn});",
-        "  for (int i = 0; i < k.tiles; ++i) {",
-        "    const int inside = i * k.rows;",
-        f"    const int rows = inside + k.rows <= {m} ? k.rows : {m} - inside;",
-        f"    const long m = unit * {m} + inside;",
-        *(
-            f"    {line}"
-            for line in _tile_call(shape, a, "panel", "init + k.init", tiles, args, isa.floats)
-        ),
-        "  }",
-        "}",
-    ]
-    body = [*pointers.declarations(body), *body]
-    text = f"{epilogue}\n{HEADER} {{\n{indent(body)}\n}}\n"
-    scratch = k * isa.floats.widest * isa.lanes * 4
-    return KernelCode(text, pointers.finish(), scratch_bytes=scratch, tiles=frozenset(tiles))
 
 
 def print_tile(kind: str, vectors: int, rows: int) -> str:

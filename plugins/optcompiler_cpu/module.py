@@ -30,8 +30,9 @@ from optcompiler.lowering.ir import (
     TopK,
 )
 from optcompiler_cpu.code import KernelCode, Pointer
-from optcompiler_cpu.contraction import print_contraction, print_tile, tile_name
+from optcompiler_cpu.contraction import prepared, print_contraction, print_tile, tile_name
 from optcompiler_cpu.depthwise import is_direct, print_depthwise
+from optcompiler_cpu.dynamic import print_dynamic
 from optcompiler_cpu.indexed import print_scatter, print_top_k
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.legalize import Halo
@@ -65,6 +66,8 @@ def _contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         return print_depthwise(step, isa)
     if isinstance(step, Conv) and is_winograd(step, isa):
         return print_winograd(step, isa)
+    if isinstance(step, MatMul) and not prepared(step):
+        return print_dynamic(step, isa)
     return print_contraction(step, isa)
 
 
@@ -154,12 +157,10 @@ def print_module(
         if any(SCALAR_HELPERS.search(text) for text in unit):
             headers.append("scalar.h")
             sources["src/scalar.h"] = template("scalar.h")
-        if any("amx_" in text for text in unit):
-            headers.append("amx.h")
-            sources["src/amx.h"] = template("amx.h")
-        if any("winograd_" in text for text in unit):
-            headers.append("winograd.h")
-            sources["src/winograd.h"] = template("winograd.h")
+        for stem in ("amx", "pack", "winograd"):
+            if any(f"{stem}_" in text for text in unit):
+                headers.append(f"{stem}.h")
+                sources[f"src/{stem}.h"] = template(f"{stem}.h")
         included = "\n".join(f'#include "{header}"' for header in headers)
         sources[f"src/kernels_{i}.c"] = "\n".join([f"{included}\n", *unit])
     arena = -(-(lowered.arena_bytes + 2 * ALIGNMENT) // ALIGNMENT) * ALIGNMENT
@@ -224,7 +225,6 @@ def _ref(pointer: Pointer, blob: Blob, ports: Mapping[int, int]) -> str:
 
 
 def _kernels_header(prefix: str, names: Mapping[str, str], tiles: set[tuple[str, int, int]]) -> str:
-    shared = [*(tile_name(*tile) for tile in sorted(tiles)), "pack_f32"]
     lines = [
         "/* Kernels of this network; each computes its share `part` of `parts`. */",
         "#ifndef OC_KERNELS_H",
@@ -233,41 +233,21 @@ def _kernels_header(prefix: str, names: Mapping[str, str], tiles: set[tuple[str,
         "",
         "struct oc_block { int n, stop, vectors, rows, tiles; long init, a, w; };",
         "",
-        *(f"#define {function} {prefix}_{function}" for function in shared),
+        *(f"#define {tile_name(*t)} {prefix}_{tile_name(*t)}" for t in sorted(tiles)),
         "",
     ]
     for kind, vectors, rows in sorted(tiles):
         text = print_tile(kind, vectors, rows)
         lines.append(text[text.index("void ") : text.index("{")].strip() + ";")
-    lines.append(
-        "void pack_f32(float *panel, const float *b, long depth, int columns, int width, long sk, "
-        "long sn);"
-    )
     lines += [
         f"void {n}(int part, int parts, char *const *q, char *scratch);" for n in names.values()
     ]
     return "\n".join([*lines, "#endif", ""])
 
 
-PACK = """void pack_f32(float *panel, const float *b, long depth, int columns, int width, long sk,
-              long sn) {
-  for (long k = 0; k < depth; ++k) {
-    float *row = panel + k * width;
-    const float *from = b + k * sk;
-    int j = 0;
-    if (sn == 1)
-      for (; j + VL <= columns; j += VL) vf_store(row + j, vf_load(from + j));
-    for (; j < columns; ++j) row[j] = from[j * sn];
-    for (; j < width; ++j) row[j] = 0;
-  }
-}
-"""
-
-
 def _units(names: Mapping[str, str], tiles: set[tuple[str, int, int]]) -> list[list[str]]:
     """The text of each translation unit: tiles first, then kernels in order."""
     texts = [print_tile(kind, vectors, rows) for kind, vectors, rows in sorted(tiles)]
-    texts.append(PACK)
     texts += [text.replace("@", name) for text, name in names.items()]
     units: list[list[str]] = [[]]
     size = 0

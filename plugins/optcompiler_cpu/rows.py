@@ -26,6 +26,9 @@ from optcompiler_cpu.nest import (
 )
 from optcompiler_cpu.scalars import REAL, c_type, stored
 
+BLOCK_ROWS, BLOCK_BYTES = 4, 24 * 1024
+"""Rows that are worked on side by side, and what they may take of the first-level cache."""
+
 
 def _flat(printer: VectorPrinter) -> list[str]:
     return [line for level in printer.lines for line in level]
@@ -57,17 +60,10 @@ def print_softmax(step: Softmax, isa: Isa) -> KernelCode:
         return [*_flat(printer), f"const vf last = {keep};", "vf_store(v + j, last);",
                 "top = vf_max(top, last);"]  # fmt: skip
 
-    exponentials = [
-        f"for (long j = 0; j < {length}; j += VL) {{",
-        "  const vf e = vf_exp(vf_sub(vf_load(v + j), peak));",
-        *([] if step.log else ["  vf_store(v + j, e);"]),
-        "  total = vf_add(total, e);",
-        "}",
-    ]
     spelled = (
-        "vf_sub(vf_sub(vf_load(v + j), peak), shift)"
+        "vf_sub(vf_sub(vf_load(v + j), peak), vf_set(second[r]))"
         if step.log
-        else "vf_mul(vf_load(v + j), norm)"
+        else "vf_mul(vf_load(v + j), vf_set(second[r]))"
     )
 
     def write(count: str | None) -> list[str]:
@@ -76,21 +72,70 @@ def print_softmax(step: Softmax, isa: Isa) -> KernelCode:
         printer.store(step.epilogue, target.pointer, target.stride)
         return _flat(printer)
 
-    after = "const vf shift = vf_set(logf(vf_sum(total)));" if step.log else (
-        "const vf norm = vf_set(1.0f / vf_sum(total));"
-    )  # fmt: skip
-    body = [
-        "float *const v = (float *)scratch;",
-        "vf top = vf_set(-INFINITY), total = vf_set(0.0f);",
-        *_scoped(vector_loop(length, isa.lanes, read)),
-        "const vf peak = vf_set(vf_hmax(top));",
-        *exponentials,
-        after,
-        *_scoped(vector_loop(length, isa.lanes, write)),
+    peak = "const vf peak = vf_set(first[r]);"
+    phases = [
+        [
+            "vf top = vf_set(-INFINITY);",
+            *_scoped(vector_loop(length, isa.lanes, read)),
+            "first[r] = vf_hmax(top);",
+        ],
+        [
+            peak,
+            "vf total = vf_set(0.0f);",
+            f"for (long j = 0; j < {length}; j += VL) {{",
+            "  const vf e = vf_exp_below(vf_sub(vf_load(v + j), peak));",
+            *([] if step.log else ["  vf_store(v + j, e);"]),
+            "  total = vf_add(total, e);",
+            "}",
+            f"second[r] = {'logf(vf_sum(total))' if step.log else '1.0f / vf_sum(total)'};",
+        ],
+        [
+            *([peak] if step.log else []),
+            *_scoped(vector_loop(length, isa.lanes, write)),
+        ],
     ]
     parallel = step.out.elements * 4 >= SERIAL_ELEMENTS
-    lines = _rows(nest, [lane], body, parallel)
-    return function(pointers, lines, parallel, scratch=4 * (length + 2 * isa.lanes))
+    lines, scratch = _blocks_of_rows(nest, lane, length, phases, parallel, isa)
+    return function(pointers, lines, parallel, scratch=scratch)
+
+
+def _blocks_of_rows(
+    nest: Nest, lane: int, length: int, phases: list[list[str]], parallel: bool, isa: Isa
+) -> tuple[list[str], int]:
+    """Loops over rows, some at a time, and the bytes of scratch they take.
+
+    What one phase finds out about a row the next one waits for: every phase goes over all rows of
+    a block, so that the processor has others to work on. Of row `r` of the block, `v` is the place
+    in scratch, `first[r]` and `second[r]` are numbers that phases leave for later ones.
+    """
+    room = -(-(length + isa.lanes) // isa.lanes) * isa.lanes
+    outer = [d for d in range(len(nest.sizes)) if d != lane]
+    widest = max(outer, key=lambda d: (nest.sizes[d], -d), default=None)
+    size = 1 if widest is None else nest.sizes[widest]
+    rows = max(min(BLOCK_ROWS, size, BLOCK_BYTES // (room * 4)), 1)
+    first, last = (
+        (f"(long)part * {size} / parts", f"(long)(part + 1) * {size} / parts")
+        if parallel
+        else ("0L", f"{size}L")
+    )
+    body = [
+        f"const long end = {last};",
+        f"for (long block = {first}; block < end; block += {rows}) {{",
+        f"  const int rows = block + {rows} <= end ? {rows} : (int)(end - block);",
+        f"  float first[{rows}], second[{rows}];",
+    ]
+    unused = [f"    (void)i{widest};"]
+    for phase in phases:
+        body += [
+            "  for (int r = 0; r < rows; ++r) {",
+            *([] if widest is None else [f"    const long i{widest} = block + r;", *unused]),
+            f"    float *const v = (float *)scratch + (long)r * {room};",
+            *(f"    {line}" for line in phase),
+            "  }",
+        ]
+    body += ["}"]
+    skip = [lane] if widest is None else [lane, widest]
+    return outer_loops(nest, skip, body, False), rows * room * 4
 
 
 def _rows(nest: Nest, skip: list[int], body: list[str], parallel: bool) -> list[str]:
@@ -151,19 +196,29 @@ def print_normalization(step: Normalization, isa: Isa) -> KernelCode:
         printer.store(epilogue, target.pointer, target.stride)
         return _flat(printer)
 
-    body = [
-        "float *const v = (float *)scratch;",
-        "vf total = vf_set(0.0f), squares = vf_set(0.0f);",
-        *_scoped(vector_loop(length, isa.lanes, read)),
-        *([] if step.rms else [f"const vf mean = vf_set(vf_sum(total) / {length}.0f);"]),
-        *_scoped(vector_loop(length, isa.lanes, square)),
-        f"const vf norm = vf_set(1.0f / sqrtf(vf_sum(squares) / {length}.0f + "
-        f"{pointers.params.add(step.epsilon)}));",
-        *_scoped(vector_loop(length, isa.lanes, write)),
+    mean = [] if step.rms else ["const vf mean = vf_set(first[r]);"]
+    phases = [
+        [
+            "vf total = vf_set(0.0f);",
+            *_scoped(vector_loop(length, isa.lanes, read)),
+            f"first[r] = vf_sum(total) / {length}.0f;",
+        ],
+        [
+            *mean,
+            "vf squares = vf_set(0.0f);",
+            *_scoped(vector_loop(length, isa.lanes, square)),
+            f"second[r] = 1.0f / sqrtf(vf_sum(squares) / {length}.0f + "
+            f"{pointers.params.add(step.epsilon)});",
+        ],
+        [
+            *mean,
+            "const vf norm = vf_set(second[r]);",
+            *_scoped(vector_loop(length, isa.lanes, write)),
+        ],
     ]
     parallel = step.out.elements * 2 >= SERIAL_ELEMENTS
-    lines = _rows(nest, [lane], body, parallel)
-    return function(pointers, lines, parallel, scratch=4 * (length + 2 * isa.lanes))
+    lines, scratch = _blocks_of_rows(nest, lane, length, phases, parallel, isa)
+    return function(pointers, lines, parallel, scratch=scratch)
 
 
 STARTS = {"sum": "0", "mean": "0", "sumsq": "0", "prod": "1", "max": "-INFINITY", "min": "INFINITY"}

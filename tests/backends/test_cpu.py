@@ -272,6 +272,33 @@ INTEGERS = {
             "sx": NUMBERS["sx"], "sy": NUMBERS["sy"],
         },
     ),
+    "attention": (
+        """(float[2, 5, 22] x, float[2, 67, 22] k) => (float[2, 2, 5, 67] s, uint8[2, 2, 5, 11] y) {
+            xq = QuantizeLinear(x, sx, zx)
+            xd = DequantizeLinear(xq, sx, zx)
+            x4 = Reshape(xd, heads)
+            xt = Transpose<perm = [0, 2, 1, 3]>(x4)
+            kq = QuantizeLinear(k, sx, zm)
+            kd = DequantizeLinear(kq, sx, zm)
+            k4 = Reshape(kd, heads)
+            kt = Transpose<perm = [0, 2, 3, 1]>(k4)
+            s = MatMul(xt, kt)
+            p = Softmax(s)
+            pq = QuantizeLinear(p, sp, zr)
+            pd = DequantizeLinear(pq, sp, zr)
+            vq = QuantizeLinear(k, sx, zi)
+            vd = DequantizeLinear(vq, sx, zi)
+            v4 = Reshape(vd, heads)
+            vt = Transpose<perm = [0, 2, 1, 3]>(v4)
+            o = MatMul(pd, vt)
+            y = QuantizeLinear(o, sx, zx)
+        }""",
+        {
+            "heads": np.array([2, -1, 2, 11]), "zm": np.array(128, np.uint8),
+            "zi": np.array(0, np.int8), "sp": np.array(1 / 255, np.float32), "sx": NUMBERS["sx"],
+            "zx": NUMBERS["zx"], "zr": NUMBERS["zr"],
+        },
+    ),
 }  # fmt: skip
 
 
@@ -325,6 +352,18 @@ def test_integer_contractions_are_integer_kernels() -> None:
     types = [k.dtype for k in kernels if k.kind in {"conv", "depthwise"}]
     assert types == ["int8"] * 3
     assert all(k.macs > 0 for k in kernels if k.kind in {"conv", "depthwise"})
+
+
+def test_products_of_two_results_are_integer_kernels() -> None:
+    body, weights = INTEGERS["attention"]
+    target = Target("cpu", threads=1)
+    kernels = CpuBackend().kernels(program(body, **weights), target)
+    assert [(k.dtype, k.shape) for k in kernels if k.kind == "gemm"] == [
+        ("int8", (4, 5, 67, 11)), ("int8", (4, 5, 11, 67)),
+    ]  # fmt: skip
+    skewed = {**weights, "zm": np.array(127, np.uint8)}
+    kernels = CpuBackend().kernels(program(body, **skewed), target)
+    assert [k.dtype for k in kernels if k.kind == "gemm"] == ["fp32", "int8"]
 
 
 def test_results_do_not_depend_on_threads(tmp_path: Path) -> None:

@@ -208,6 +208,10 @@ def test_attention(capabilities):
     assert inputs_of(after, "softmax") == ["s"]
     assert inputs_of(after, "pv") == ["p_dequantized", "q1_dequantized"]
     assert inputs_of(after, "res") == ["o", "x"]
+    weights = after.weights()
+    # what is multiplied by is symmetric, whatever else reads it
+    middle = {n: int(weights[f"{n}_zero_point"].numpy()) == 128 for n in ("x", "p", "q1", "k0")}
+    assert middle == {"x": False, "p": False, "q1": True, "k0": True}
 
 
 def test_a_shared_weight_has_one_pair():

@@ -44,6 +44,7 @@ INLINE vm vf_le(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 INLINE vm vf_eq(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 INLINE vm vf_isnan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 INLINE vf vf_where(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); }
+INLINE vf vf_keep(vf a, int n, float fill) { return vf_where(LANES(n), a, vf_set(fill)); }
 INLINE vm vm_and(vm a, vm b) { return a & b; }
 INLINE vm vm_or(vm a, vm b) { return a | b; }
 INLINE vm vm_xor(vm a, vm b) { return a ^ b; }
@@ -69,6 +70,7 @@ INLINE void vi_to8n(void *p, vi v, int n) { _mm_mask_storeu_epi8(p, LANES(n), _m
 INLINE vi vi_max(vi a, vi b) { return _mm512_max_epi32(a, b); }
 INLINE vi vi_min(vi a, vi b) { return _mm512_min_epi32(a, b); }
 INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+INLINE vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 INLINE vf vi_float(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vi vf_int(vf a) { return _mm512_cvtps_epi32(a); }
 INLINE vf vf_exponent(vi e) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(e, vi_set(127)), 23)); }
@@ -76,6 +78,8 @@ INLINE vi vf_bits(vf a) { return _mm512_castps_si512(a); }
 INLINE vf vi_asfloat(vi a) { return _mm512_castsi512_ps(a); }
 INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+INLINE vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
+INLINE vi vi_shl(vi a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
 INLINE vi vi_shr(vi a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
 INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
@@ -116,6 +120,7 @@ INLINE vm vf_le(vf a, vf b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CM
 INLINE vm vf_eq(vf a, vf b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
 INLINE vm vf_isnan(vf a) { return _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 INLINE vf vf_where(vm m, vf a, vf b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m)); }
+INLINE vf vf_keep(vf a, int n, float fill) { return vf_where(oc_lanes(n), a, vf_set(fill)); }
 INLINE vm vm_and(vm a, vm b) { return _mm256_and_si256(a, b); }
 INLINE vm vm_or(vm a, vm b) { return _mm256_or_si256(a, b); }
 INLINE vm vm_xor(vm a, vm b) { return _mm256_xor_si256(a, b); }
@@ -141,6 +146,7 @@ INLINE void vm_storen(uint8_t *p, vm m, int n) { vi_to8n(p, _mm256_and_si256(m, 
 INLINE vi vi_max(vi a, vi b) { return _mm256_max_epi32(a, b); }
 INLINE vi vi_min(vi a, vi b) { return _mm256_min_epi32(a, b); }
 INLINE vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+INLINE vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
 INLINE vf vi_float(vi a) { return _mm256_cvtepi32_ps(a); }
 INLINE vi vf_int(vf a) { return _mm256_cvtps_epi32(a); }
 INLINE vf vf_exponent(vi e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, vi_set(127)), 23)); }
@@ -148,6 +154,8 @@ INLINE vi vf_bits(vf a) { return _mm256_castps_si256(a); }
 INLINE vf vi_asfloat(vi a) { return _mm256_castsi256_ps(a); }
 INLINE vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 INLINE vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
+INLINE vi vi_xor(vi a, vi b) { return _mm256_xor_si256(a, b); }
+INLINE vi vi_shl(vi a, int n) { return _mm256_slli_epi32(a, n); }
 INLINE vi vi_shr(vi a, int n) { return _mm256_srli_epi32(a, n); }
 INLINE float vf_sum(vf a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -188,6 +196,7 @@ INLINE vf vf_where(vm m, vf a, vf b) { return (vf)((m & (vi)a) | (~m & (vi)b)); 
 INLINE vf vf_min(vf a, vf b) { return vf_where(a < b, a, b); }
 INLINE vf vf_max(vf a, vf b) { return vf_where(a > b, a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+INLINE vf vf_keep(vf a, int n, float fill) { EACH(i) a[i] = i < n ? a[i] : fill; return a; }
 INLINE vf vf_sqrt(vf a) { EACH(i) a[i] = sqrtf(a[i]); return a; }
 INLINE vf vf_abs(vf a) { return (vf)((vi)a & vi_set(0x7fffffff)); }
 INLINE vf vf_round(vf a) { EACH(i) a[i] = nearbyintf(a[i]); return a; }
@@ -216,6 +225,7 @@ INLINE void vm_storen(uint8_t *p, vm m, int n) { vi_to8n(p, m & 1, n); }
 INLINE vi vi_max(vi a, vi b) { vm m = a > b; return (m & a) | (~m & b); }
 INLINE vi vi_min(vi a, vi b) { vm m = a < b; return (m & a) | (~m & b); }
 INLINE vi vi_add(vi a, vi b) { return a + b; }
+INLINE vi vi_sub(vi a, vi b) { return a - b; }
 INLINE vf vi_float(vi a) { return __builtin_convertvector(a, vf); }
 INLINE vi vf_int(vf a) { vi v = {0}; EACH(i) v[i] = (int32_t)lrintf(a[i]); return v; }
 INLINE vf vf_exponent(vi e) { return (vf)((e + 127) << 23); }
@@ -223,6 +233,11 @@ INLINE vi vf_bits(vf a) { return (vi)a; }
 INLINE vf vi_asfloat(vi a) { return (vf)a; }
 INLINE vi vi_and(vi a, vi b) { return a & b; }
 INLINE vi vi_or(vi a, vi b) { return a | b; }
+INLINE vi vi_xor(vi a, vi b) { return a ^ b; }
+INLINE vi vi_shl(vi a, int n) {
+  typedef uint32_t vu __attribute__((vector_size(16)));
+  return (vi)((vu)a << n);
+}
 INLINE vi vi_shr(vi a, int n) {
   typedef uint32_t vu __attribute__((vector_size(16)));
   return (vi)((vu)a >> n);
@@ -258,7 +273,6 @@ INLINE vm vm_loads(const uint8_t *p, long s, int n) { uint8_t t[VL] = {0}; for (
 INLINE void vm_stores(uint8_t *p, vm m, long s, int n) { uint8_t t[VL]; vm_storen(t, m, VL); for (int i = 0; i < n; ++i) p[i * s] = t[i]; }
 INLINE vm vm_set(int x) { return x ? vf_eq(vf_set(0), vf_set(0)) : vf_lt(vf_set(0), vf_set(0)); }
 INLINE vf vm_float(vm m) { return vf_where(m, vf_set(1.0f), vf_set(0.0f)); }
-INLINE vf vf_keep(vf a, int n, float fill) { float t[VL]; vf_store(t, a); for (int i = n; i < VL; ++i) t[i] = fill; return vf_load(t); }
 INLINE vf vf_neg(vf a) { return vf_sub(vf_set(-0.0f), a); }
 INLINE vf vf_reciprocal(vf a) { return vf_div(vf_set(1.0f), a); }
 INLINE float vf_hprod(vf a) { float t[VL], m; vf_store(t, a); m = t[0]; for (int i = 1; i < VL; ++i) m *= t[i]; return m; }
@@ -271,10 +285,9 @@ INLINE vf vf_scale2(vf a, vf n) {
 }
 #endif
 
-/* exp: 2^n e^r, |r| <= ln 2 / 2, polynomial of degree 6; relative error below 2e-7. */
-INLINE vf vf_exp(vf x) {
-  vm bad = vf_isnan(x);
-  vf t = vf_min(vf_max(x, vf_set(-104.0f)), vf_set(88.8f));
+/* exp of x <= 88.8 or NaN: 2^n e^r, |r| <= ln 2 / 2, polynomial of degree 6; relative error below 2e-7. */
+INLINE vf vf_exp_below(vf x) {
+  vf t = vf_max(vf_set(-104.0f), x); /* of a NaN and a number, the second */
   vf n = vf_round(vf_mul(t, vf_set(1.44269504f)));
   vf r = vf_fma(n, vf_set(-0.693359375f), t);
   r = vf_fma(n, vf_set(2.12194440e-4f), r);
@@ -285,9 +298,12 @@ INLINE vf vf_exp(vf x) {
   p = vf_fma(p, r, vf_set(1.6666665459e-1f));
   p = vf_fma(p, r, vf_set(5.0000001201e-1f));
   p = vf_fma(p, vf_mul(r, r), vf_add(r, vf_set(1.0f)));
-  p = vf_scale2(p, n);
-  p = vf_where(vf_lt(vf_set(88.72284f), x), vf_set(INFINITY), p);
-  return vf_where(bad, x, p);
+  return vf_scale2(p, n);
+}
+/* exp of any x */
+INLINE vf vf_exp(vf x) {
+  vf p = vf_exp_below(vf_min(vf_set(88.8f), x));
+  return vf_where(vf_lt(vf_set(88.72284f), x), vf_set(INFINITY), p);
 }
 /* log: Cephes logf; relative error below 2e-7; subnormals count as zero. */
 INLINE vf vf_log(vf x) {
