@@ -123,7 +123,8 @@ class Planner:
             if offer.key in best.refused:
                 outcome, reason = best.refused[offer.key]
             elif offer.key in taken:
-                outcome, reason = TAKEN, "inside the budget"
+                note = offer.candidate.note
+                outcome, reason = TAKEN, "inside the budget" + (f"; {note}" if note else "")
             elif offer.saving_us <= 0:
                 outcome, reason = REJECTED, "predicted no faster"
             elif any(o.site == offer.site for o in best.chosen):

@@ -295,6 +295,16 @@ def test_weights_of_four_bits_in_blocks_become_floats() -> None:
     check(source)
 
 
+def test_a_table_that_is_a_transposed_weight_too_is_turned_when_compiling() -> None:
+    source = program(
+        """(float[2, 5] x) => (float[2, 5] y) {
+            h = MatMul(x, table) t = Transpose(table) w = Identity(t) y = MatMul(h, w)
+        }""",
+        table=(5, 7),
+    )
+    assert kinds(check(source)) == ["MatMul", "MatMul"]
+
+
 def test_functions_are_expanded_and_named_by_their_calls() -> None:
     text = (
         HEAD

@@ -104,6 +104,12 @@ def test_all_that_fits_is_taken_and_says_what_it_saves_and_damages() -> None:
     assert got.notes == ["2 lossy candidates: damage 0.375 holds the budget"]
 
 
+def test_what_a_taken_candidate_remarks_is_in_its_reason() -> None:
+    remarked = swap("a", "Neg", note="its table stays")
+    got = plan(relus("a"), [remarked], {("a", "Neg"): 0.25}, max_damage=0.375)
+    assert got.rows["a", "Neg"].reason == f"{INSIDE}; its table stays"
+
+
 def test_nothing_on_offer_leaves_the_program() -> None:
     program = relus("a")
     got = plan(program, [Decline("a", "too small", ("a",))], max_damage=1.0)

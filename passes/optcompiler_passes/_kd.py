@@ -22,6 +22,7 @@ from optcompiler.executor import WEIGHTS_KEY, to_torch
 from optcompiler.program import Program, constant, shape_of
 from optcompiler.rewriting import Batch, Declined, PassContext
 from optcompiler_passes._clock import Clock
+from optcompiler_passes._qdq import laid_out
 
 if TYPE_CHECKING:
     from optcompiler_passes.distill import Distill
@@ -85,7 +86,7 @@ def _learnable(node: ir.Node, index: int, value: ir.Value, array: np.ndarray) ->
             return Learnable(name, "scales", _most(node, array))
         kind = value.dtype.name if value.dtype is not None else ""
         if index == 2 and array.ndim == 0 and kind in _ENDS and int(array) not in _ENDS[kind]:
-            symmetric = constant(source) is not None
+            symmetric = laid_out(source) is not None
             return None if symmetric else Learnable(name, "zero_points", bounds=_ENDS[kind])
         return None
     role = _role(node, index, array)

@@ -8,13 +8,41 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from optcompiler.program import Program
+from optcompiler.program import Program, constant, static_shape
 
 KEEPS_LEVELS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators whose output is their first input's values in another order."""
 
 PICKS_LEVELS = frozenset({"Gather", "MaxPool", "Slice", "Split"})
 """Operators whose output is some of their first input's values."""
+
+
+def laid_out(value: ir.Value | None) -> np.ndarray | None:
+    """The contents of a weight: of an initializer, or of one that `KEEPS_LEVELS` rearrange.
+
+    An embedding table that is also the transposed matrix of a language model's head stays one
+    initializer, because folding the Transpose would store it twice. Copies only what no view of
+    numpy's can say. None where the value depends on an input.
+    """
+    array = constant(value)
+    node = value.producer() if value is not None else None
+    if array is not None or node is None or node.domain != "" or node.op_type not in KEEPS_LEVELS:
+        return array
+    array = laid_out(node.inputs[0])
+    if array is None:
+        return None
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm", range(array.ndim)[::-1])
+        return array.transpose(tuple(order))
+    shape = static_shape(node.outputs[0])
+    return None if shape is None else array.reshape(shape)
+
+
+def table_of(value: ir.Value) -> ir.Value:
+    """The initializer that `laid_out` reads."""
+    node = value.producer()
+    source = node.inputs[0] if node is not None else None
+    return value if source is None else table_of(source)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,11 @@ from optcompiler_passes._qdq import (
     Editor,
     Pair,
     dequantizer,
+    laid_out,
     pair_of,
     quantized_source,
     readers,
+    table_of,
 )
 
 CONTRACTIONS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -57,7 +59,9 @@ class InsertQdq(Pass):
     1. A site is a node whose type is among the target's `integer_ops`. A contraction with a
        constant weight quantises that symmetrically per output channel (Conv axis 0, Gemm by transB,
        MatMul's [K, N] axis 1); one of two activations quantises both, the second symmetrically:
-       kernels multiply by signed bytes.
+       kernels multiply by signed bytes. A weight that is another arrangement of an initializer (the
+       Transpose of an embedding table) is quantised as arranged: what else reads the initializer
+       goes on reading floats.
     2. A value has one pair, whoever asks for it. It is placed before the reshapes, transposes and
        poolings that lead from an integer kernel to the reader, and those carry the same scale.
     3. The output is quantised where the target's kernel cannot write float, after the Relu or Clip
@@ -132,6 +136,7 @@ class InsertQdq(Pass):
                 rewrite,
                 exact=False,
                 nodes=site.nodes,
+                note=site.note,
                 details={
                     "observer": self.observer,
                     "scales": {n: float(ranges[n][0]) for n in site.watched},
@@ -160,7 +165,7 @@ def _refusal(context: PassContext) -> str | None:
 
 @dataclass(frozen=True)
 class Site:
-    """What one candidate quantises, by name.
+    """What one candidate quantises, by name; `note` says what it leaves beside the integers.
 
     `chains` gives for an operand index the values from the one whose range counts down to the
     operand, each but the first made from the one before by an operator that keeps its levels.
@@ -174,6 +179,7 @@ class Site:
     weight: tuple[int, int] | None = None
     output: str | None = None
     multipliers: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -384,6 +390,7 @@ class Survey:
                 weight,
                 str(output.name) if output is not None else None,
                 tuple(chain[0] for index, chain in chains if index == 1 and products),
+                "" if weight is None else _kept_in_float(node.inputs[weight[0]]),
             )
         )
 
@@ -410,7 +417,7 @@ def _weight(node: ir.Node) -> tuple[int, int] | None:
         raise _No("it has no second operand")
     operand = node.inputs[1]
     value = quantized_source(operand) or operand
-    array = constant(value)
+    array = laid_out(value)
     made = dequantizer(operand)
     if array is None and made is not None and constant(made.inputs[0]) is not None:
         return 1, 0
@@ -435,6 +442,24 @@ def _weight(node: ir.Node) -> tuple[int, int] | None:
         bad = int((~np.isfinite(rows)).any(axis=1).sum())
         raise _No(f"{bad} of {len(rows)} output channels hold NaN weights")
     return 1, axis
+
+
+def _kept_in_float(weight: ir.Value | None) -> str:
+    """What a weight costs that stays in float for others than contractions, as a remark."""
+    table = table_of(weight) if weight is not None else None
+    if table is None or table.const_value is None:
+        return ""
+    others = [
+        str(reader.name)
+        for reader, _ in readers(table)
+        if reader.op_type not in CONTRACTIONS | KEEPS_LEVELS
+    ]
+    if not others:
+        return ""
+    return (
+        f"{others[0]!r} reads its weight {_name(table)} too, which stays in float "
+        f"({table.const_value.nbytes} bytes) beside the integers ({table.const_value.size} bytes)"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -505,12 +530,13 @@ class Quantize:
         weight = node.inputs[index]
         if weight is None or dequantizer(weight) is not None:
             return
-        if weight.const_value is None:
+        array = laid_out(weight)
+        if array is None:
             raise Declined(f"{_name(weight)} is no longer a constant.")
         along = axis if self.per_channel and axis >= 0 else None
         pair = pair_of(weight, along)
         if pair is None:
-            known = _scales(weight.const_value, self.weight_dtype, along, self.weight_observer)
+            known = _scales(weight, array, self.weight_dtype, along, self.weight_observer)
             scales = np.array(known)
             self._raise_to_bias(node, scales)
             parameters = editor.parameters(
@@ -541,10 +567,14 @@ def _bias(node: ir.Node) -> np.ndarray | None:
     return next((a for v in reader.inputs if (a := constant(v)) is not None), None)
 
 
-def _scales(tensor: ir.TensorProtocol, dtype: str, axis: int | None, method: str) -> np.ndarray:
+def _scales(
+    weight: ir.Value, array: np.ndarray, dtype: str, axis: int | None, method: str
+) -> np.ndarray:
     """Scales of a weight, kept on its tensor: rewrites run many times in a search."""
-    key = f"optcompiler.scales.{dtype}.{axis}.{method}"
+    tensor = table_of(weight).const_value
+    assert tensor is not None
+    key = f"optcompiler.scales.{weight.name}.{dtype}.{axis}.{method}"
     known = tensor.meta.get(key)
     if known is None:
-        known = tensor.meta[key] = weight_scales(tensor.numpy(), dtype, axis, method)
+        known = tensor.meta[key] = weight_scales(array, dtype, axis, method)
     return known

@@ -13,7 +13,7 @@ from optcompiler.observers import INTEGER_RANGES, quantize_array
 from optcompiler.program import Program, constant, static_shape
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
 from optcompiler_passes._folding import fold_readers
-from optcompiler_passes._qdq import dequantizer
+from optcompiler_passes._qdq import dequantizer, laid_out
 
 _LIMIT = float(2**31 - 1)
 
@@ -35,7 +35,7 @@ class PackWeights(Pass):
     Rules:
     1. Every QuantizeLinear whose operands are all constants becomes an initializer holding what the
        ONNX operator computes; only integer types are folded. What reads constants alone then is
-       computed too.
+       computed too. A quantiser of a Transpose (or the like) of an initializer is folded with it.
     2. A constant float bias of a Conv, of a Gemm with alpha = beta = 1, or of an Add that alone
        reads a MatMul, becomes int32 with scale s_x * s_w and zero point 0 when data and weight come
        from DequantizeLinear with constant scales, that of the data for the whole tensor. That moves
@@ -99,7 +99,7 @@ def _folded(node: ir.Node) -> ir.TensorProtocol | None:
     """What a QuantizeLinear of constants computes; None for any other node."""
     if node.op_type != "QuantizeLinear" or node.domain != "":
         return None
-    arrays = [constant(v) for v in node.inputs if v is not None]
+    arrays = [laid_out(v) for v in node.inputs if v is not None]
     type_ = node.outputs[0].dtype
     if any(a is None for a in arrays) or type_ is None or type_.name not in INTEGER_RANGES:
         return None
@@ -109,7 +109,7 @@ def _folded(node: ir.Node) -> ir.TensorProtocol | None:
     axis = node.attributes.get_int("axis", 1)
     block = node.attributes.get_int("block_size", 0)
     levels = quantize_array(arrays[0], arrays[1], zero_point, type_.name, axis, block)
-    return ir.tensor(levels.astype(type_.numpy()), dtype=type_)
+    return ir.tensor(np.ascontiguousarray(levels, type_.numpy()), dtype=type_)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _constants(program: Program) -> set[ir.Value]:
         if v.const_value is not None and not v.is_graph_input()
     }
     for node in program.graph:
-        if _is(node, QUANTIZE, DEQUANTIZE, "Constant") and all(
+        if _is(node, QUANTIZE, DEQUANTIZE, "Constant", "Transpose", *VIEWS) and all(
             v is None or v in known for v in node.inputs
         ):
             known.update(node.outputs)

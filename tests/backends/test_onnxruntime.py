@@ -58,6 +58,9 @@ PATTERNS = {
     "matmul to float": (f"{MATMUL} y = Add (m, b)", True),
     "matmul bias": (f"{MATMUL} t = Add (m, b) {END}", True),
     "matmul gelu": (f"{MATMUL} a = Add (m, b) y = Gelu (a)", True),
+    "matmul of a transposed weight": (
+        f"wt = Transpose (wm) {MATMUL.replace('(wm', '(wt')} y = Add (m, b)", True,
+    ),
     "matmul of activations": (f"[op] t = MatMul (d0, d1) {END}", True),
     "add": (f"[op] t = Add (d0, d1) {END}", True),
     "mul": (f"[op] t = Mul (d0, d1) {END}", True),

@@ -224,6 +224,64 @@ def test_a_shared_weight_has_one_pair():
     assert inputs_of(after, "a")[1] == inputs_of(after, "b")[1] == "w_dequantized"
 
 
+TIED = f"""g (int64[1,4] ids) => (float[1,4,6] y) <{zeros("table", 6, 3)}> {{
+  [embed] x = Gather(table, ids)
+  [turn] w = Transpose<perm=[1,0]>(table)
+  [exp] h = Exp(x)
+  [head] y = MatMul(h, w)
+}}"""
+
+
+def tied(body: str = TIED) -> Program:
+    return program(body, table=(6, 3))
+
+
+def test_a_table_that_is_also_a_transposed_weight_stays_float_for_others():
+    before = tied()
+    candidates, declines = proposals(InsertQdq(), before)
+    assert [c.site for c in candidates] == ["head"]
+    assert not declines
+    assert candidates[0].note == (
+        "'embed' reads its weight 'table' too, which stays in float (72 bytes) beside the integers "
+        "(18 bytes)"
+    )
+    after, _ = apply_all(InsertQdq(), before)
+    assert inputs_of(after, "embed") == ["table", "ids"]
+    assert inputs_of(after, "head") == ["h_dequantized", "w_dequantized"]
+    assert inputs_of(after, "w_quantize") == ["w", "w_scale", "w_zero_point"]
+    assert after.node("w_quantize").attributes.get_int("axis") == 1
+    assert after.value("w_zero_point").dtype == ir.DataType.INT8
+    assert constant(after.value("w_scale")).shape == (6,)
+
+
+def test_one_table_read_both_ways_has_scales_of_each():
+    body = f"""g (float[4,6] x) => (float[4,6] y) <{zeros("table", 6, 3)}> {{
+      [down] h = MatMul(x, table)
+      [turn] w = Transpose(table)
+      [up] y = MatMul(h, w)
+    }}"""
+    candidates, _ = proposals(InsertQdq(), tied(body))
+    assert [c.note for c in candidates] == ["", ""]
+    after, _ = apply_all(InsertQdq(), tied(body))
+    scales = [constant(after.value(n)).shape for n in ("table_scale", "w_scale")]
+    assert scales == [(3,), (6,)]
+
+
+def test_what_a_reshaped_table_holds_is_a_weight():
+    body = TIED.replace("Transpose<perm=[1,0]>(table)", "Reshape(table, shape)").replace(
+        "> {", ", int64[2] shape = {3, 6}> {", 1
+    )
+    assert [c.site for c in proposals(InsertQdq(), tied(body))[0]] == ["head"]
+
+
+def test_a_transposed_weight_that_is_not_finite_declines():
+    before = tied()
+    weight = np.array(constant(before.value("table")))
+    weight[4, 1] = np.nan
+    before.set_weight(before.value("table"), weight)
+    assert reasons(before)["head"] == "1 of 6 output channels hold NaN weights"
+
+
 def test_transposed_gemm_has_its_channels_first():
     body = f"""g (float[1,3] x) => (float[1,2] y) <{zeros("w", 2, 3)}, {zeros("b", 2)}> {{
       [fc] y = Gemm<transB=1>(x, w, b)

@@ -19,6 +19,7 @@ from tests.passes.test_insert_qdq import (
     inputs_of,
     program,
     residual,
+    tied,
     zeros,
 )
 from tests.support import apply_all, make_context, op_types, proposals, random_inputs, run_onnx
@@ -58,6 +59,22 @@ def test_the_bytes_are_those_of_the_operator():
     after = before.clone()
     pack(after)
     np.testing.assert_array_equal(constant(after.value("y")), expected)
+
+
+def test_a_tied_table_becomes_integers_for_the_product_alone():
+    before = tied()
+    after = packed(before)
+    assert "Transpose" not in op_types(after)
+    assert inputs_of(after, "embed") == ["table", "ids"]
+    levels = constant(after.value("w_quantized"))
+    assert (levels.dtype, levels.shape) == (np.int8, (3, 6))
+    real = levels * constant(after.value("w_scale"))
+    half = constant(after.value("w_scale")).max() / 2 + 1e-6
+    largest = np.abs(constant(before.value("table"))).max()
+    np.testing.assert_allclose(real, constant(before.value("table")).T, atol=half + 0.2 * largest)
+    inputs = {"ids": np.array([[0, 5, 2, 3]])}
+    got, want = run_onnx(after, inputs)[0], run_onnx(before, inputs)[0]
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
 def test_bias_that_does_not_fit_stays_float():
