@@ -15,6 +15,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
+from optcompiler.errors import UnsupportedOperatorError
+
 BODY_DOMAIN = "optcompiler.body"
 
 LONGEST = 1024
@@ -257,6 +259,11 @@ def infer(node: ir.Node, facts: Facts) -> None:
         )
     except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError):
         return
+    except onnx.checker.ValidationError as error:  # of a body, for types its operators lack
+        raise UnsupportedOperatorError(
+            f"{node.op_type} {node.name!r} is defined by operators that do not take its types: "
+            f"{' '.join(str(error).split())}; cast its operands to FLOAT."
+        ) from error
     for value, name in zip(node.outputs, proto.output, strict=True):
         info = found.get(name)
         if info is None or not info.HasField("tensor_type"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -125,6 +125,7 @@ def _round(program: Program, policy: FoldingPolicy) -> bool:
         raise Declined(f"constant folding failed: {error.__cause__ or error}") from error
     policy.settle(program)
     rules: list[Any] = [_AtRoot(rule) for rule in _rules()]
+    rules += [_AtRoot(rule, unless=_clips_apart) for rule in _rules_of_clips()]
     RewritePass(rules)(model)
     for node in list(program.all_nodes()):
         without_iterations(program, node)
@@ -150,8 +151,7 @@ def _rules() -> list[Any]:
         rules.no_op_transpose_rule, rules.transpose_transpose_rule,
         rules.reshape_reshape_rule, rules.squeeze_reshape_1d_rule, rules.unsqueeze_unsqueeze_rule,
         rules.collapse_slice_rule, rules.collapse_slice2_rule,
-        rules.successive_clip_rule, rules.successive_clip_relu_rule,
-        rules.successive_relu_clip_rule, rules.successive_relu_rule,
+        rules.successive_clip_relu_rule, rules.successive_relu_rule,
         rules.min_max_rule, rules.max_min_rule, rules.min_min_rule, rules.max_max_rule,
         rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule,
         rules.materialize_reshape_shape_rule,
@@ -162,13 +162,36 @@ def _rules() -> list[Any]:
     ]  # fmt: skip
 
 
+def _rules_of_clips() -> list[Any]:
+    from onnxscript.rewriter.rules import common as rules
+
+    return [rules.successive_clip_rule, rules.successive_relu_clip_rule]
+
+
+def _clips_apart(node: ir.Node) -> bool:
+    """Whether a Clip or Relu of a Clip keeps no interval: the rules say its lower end, wrongly."""
+    value = node.inputs[0]
+    first = value.producer() if value is not None else None
+    if first is None or first.op_type != "Clip":
+        return False
+    lows, highs = [-np.inf] + [0.0] * (node.op_type == "Relu"), [np.inf]
+    for clip in (first, node) if node.op_type == "Clip" else (first,):
+        for found, index in ((lows, 1), (highs, 2)):
+            bound = constant(clip.inputs[index]) if len(clip.inputs) > index else None
+            if bound is not None:
+                found.append(float(bound.reshape(-1)[0]))
+    return not max(lows) <= min(highs)
+
+
 class _AtRoot:
     """A rule of the rewriter that is tried only at nodes of its pattern's root operator.
 
-    Nor in the bodies of functions, whose values have no types; rules ask for those.
+    Nor in the bodies of functions, whose values have no types; rules ask for those. Nor where
+    `unless` holds.
     """
 
-    def __init__(self, rule: Any) -> None:
+    def __init__(self, rule: Any, unless: Callable[[ir.Node], bool] = lambda node: False) -> None:
+        self._unless = unless
         pattern = rule._target_pattern  # the rewriter asks for it at every node
         root = pattern.output_node.op_identifier() if pattern.has_single_output_node else None
         self._rule, self._operator = rule, root and root[:2]
@@ -176,7 +199,7 @@ class _AtRoot:
     def try_rewrite(self, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
         if self._operator is not None and self._operator != (node.domain, node.op_type):
             return None
-        if isinstance(graph, ir.Function):
+        if isinstance(graph, ir.Function) or self._unless(node):
             return None
         return self._rule.try_rewrite(model, graph, node, **options)
 

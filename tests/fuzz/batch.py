@@ -21,7 +21,7 @@ from optcompiler.program import Program
 from optcompiler_cpu.backend import emit
 from optcompiler_cpu.code import Pointer
 from optcompiler_cpu.isa import ISAS, Isa
-from optcompiler_cpu.module import PACK, PRINTERS, print_tile
+from optcompiler_cpu.module import PRINTERS, print_tile
 from optcompiler_cpu.runner import NUMPY
 from optcompiler_cpu.toolchain import compiler
 from tests.fuzz.oracles import Judged, Statistics, Wrong, agreement, typical
@@ -113,7 +113,6 @@ class Batch:
                 "struct oc_block { int n, stop, vectors, rows, tiles; long init, a, w; };",
                 *(f'#include "{name}"' for name in headers),
                 *(print_tile(*tile) for tile in sorted(self.tiles)),
-                PACK,
                 *(text.replace("@", name) for text, name in self.kernels.items()),
             ]
         )

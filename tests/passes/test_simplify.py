@@ -157,6 +157,27 @@ agraph (float[1, 3] x) => (float[1, 3] y)
     assert folded.numpy().tolist() == [[7, 8, 5]]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "left"),
+    [
+        ("Clip (x, low, high)", "Relu (c)", ["Clip"]),
+        ("Clip (x, low, high)", "Clip (c, zero, high)", ["Clip"]),
+        ("Clip (x, low, below)", "Relu (c)", ["Clip", "Relu"]),
+        ("Clip (x, low, below)", "Clip (c, zero, high)", ["Clip", "Clip"]),
+        ("Clip (x, zero, high)", "Clip (c, low, below)", ["Clip", "Clip"]),
+    ],
+)
+def test_clips_join_where_an_interval_is_left(first: str, second: str, left: list[str]):
+    after = simplified(f"""
+agraph (float[2, 3] x) => (float[2, 3] y)
+<float low = {{-3.0}}, float below = {{-2.0}}, float zero = {{0.0}}, float high = {{1.0}}> {{
+  c = {first}
+  y = {second}
+}}
+""")
+    assert op_types(after) == left
+
+
 def test_max_and_min_become_clip():
     after = simplified("""
 agraph (float[2, 3] x) => (float[2, 3] y)
