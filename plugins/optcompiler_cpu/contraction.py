@@ -8,6 +8,7 @@ terms; its epilogue reads them from a small buffer on the stack.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +20,10 @@ from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, line
 from optcompiler_cpu.expressions import Place, VectorPrinter
 from optcompiler_cpu.isa import Isa, Tiling
 from optcompiler_cpu.loops import HEADER
+
+
+TYPES = {"u8": ("uint8_t", "int8_t", "int32_t"), "f32": ("float", "float", "float")}
+"""By kind of tile, the C types of an element, a weight and a sum."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,15 @@ def prepared(step: MatMul) -> bool:
     return view.buffer.array is not None and still
 
 
-def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
+Tiles = Set[tuple[str, int, int]]
+"""Kind, vectors and rows of each register tile."""
+
+Ending = Callable[["Conv | MatMul", Shape, Pointers, Tiles], tuple[str, list[str]]]
+"""Prints tiles that store their results themselves, and the row offsets these want."""
+
+
+def print_contraction(step: Conv | MatMul, isa: Isa, ending: Ending | None = None) -> KernelCode:
+    """Shared tiles, which leave sums to one function that stores them, or those of `ending`."""
     if isinstance(step, Conv):
         shape = conv_shape(step)
         tiling = isa.tiling(shape.integer, product(shape.dims))
@@ -180,7 +193,6 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
     if integer:
         pointers.data("scale", scales(step, isa), "float")
     total = sum(b.tiles for b in blocks)
-    epilogue, args = print_epilogue(step, shape, pointers, isa)
     table = ", ".join(
         f"{{{b.n}, {b.stop}, {b.vectors}, {b.rows}, {b.tiles}, {i}, {b.a}, {b.w}}}"
         for b, i in zip(blocks, starts, strict=True)
@@ -191,6 +203,10 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         for b in blocks
         for r in ((b.rows,) if amx else (b.rows, rows - (b.tiles - 1) * b.rows))
     }
+    if ending is None:
+        epilogue, args = print_epilogue(step, shape, pointers, isa)
+    else:
+        epilogue, args = ending(step, shape, pointers, tiles)
     body = [
         f"static const struct oc_block blocks[] = {{{table}}};",
         "(void)scratch;",
@@ -205,7 +221,9 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         f"    const int m = i * k.rows, rows = m + k.rows <= {rows} ? k.rows : {rows} - m;",
         *(
             f"    {line}"
-            for line in tile_call(shape, a, "k.w + w", "init + k.init", tiles, args, tiling)
+            for line in tile_call(
+                shape, a, "k.w + w", "init + k.init", tiles, args, tiling, whole=ending is not None
+            )
         ),
         "  }",
         "}",
@@ -213,14 +231,19 @@ def print_contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
     ]
     body = [*pointers.declarations(body), *body]
     text = f"{epilogue}\n{HEADER} {{\n{indent(body)}\n}}\n"
-    return KernelCode(text, pointers.finish(), tiles=frozenset(tiles))
+    return KernelCode(
+        text, pointers.finish(), tiles=frozenset() if ending is not None else frozenset(tiles)
+    )
 
 
 def tile_call(
-    shape: Shape, a: str, w: str, init: str, tiles: set[tuple[str, int, int]], args: list[str],
-    tiling: Tiling,
+    shape: Shape, a: str, w: str, init: str, tiles: Tiles, args: list[str], tiling: Tiling,
+    whole: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Row addresses, the tile by its size, and the epilogue. `m`, `rows` and `k` are in scope."""
+    """Row addresses, the tile by its size, and the epilogue. `m`, `rows` and `k` are in scope.
+
+    A `whole` tile stores its results itself.
+    """
     ctype, item = ("int32_t", "uint8_t") if shape.integer else ("float", "float")
     tallest = max(r for _, _, r in tiles)
     room = max(v * r for _, v, r in tiles)
@@ -228,29 +251,35 @@ def tile_call(
     length = -(-shape.length // tiling.step)
     offsets = "".join(f", r{i}" for i, _ in enumerate(args))
     numbers = f"{shape.outer}, {shape.outer_stride}, {shape.inner}, {shape.inner_stride}, {length}"
-    lines = [
+    room_for_sums = f"{ctype} acc[{room} * VL] __attribute__((aligned(64)));"
+    if whole:
+        cases = _tile_by_size(tiles, f"{numbers}, {w}, {init}, k.n, q{offsets}", tiling, "@_")
+    else:
+        cases = [
+            *_tile_by_size(tiles, f"{numbers}, {w}, {init}, acc", tiling),
+            f"@_store(rows, k.n, k.stop, k.vectors * VL, acc, q{offsets});",
+        ]
+    return [
         f"const {item} *at[{tallest}];",
         *(f"long r{i}[{tallest}];" for i, _ in enumerate(args)),
-        f"{ctype} acc[{room} * VL] __attribute__((aligned(64)));",
+        *([] if whole else [room_for_sums]),
         "for (int r = 0; r < rows; ++r) {",
         "  const long row = m + r;",
         *(f"  {line}" for line in coordinates("row", shape.dims, names)),
         f"  at[r] = {a} + {linear(names, shape.a_strides, shape.a.offset)} + k.a;",
         *(f"  r{i}[r] = {text};" for i, text in enumerate(args)),
         "}",
-        *_tile_by_size(tiles, f"{numbers}, {w}, {init}, acc", tiling),
-        f"@_store(rows, k.n, k.stop, k.vectors * VL, acc, q{offsets});",
+        *cases,
     ]
-    return lines
 
 
-def _tile_by_size(tiles: set[tuple[str, int, int]], numbers: str, tiling: Tiling) -> list[str]:
+def _tile_by_size(tiles: Tiles, numbers: str, tiling: Tiling, prefix: str = "") -> list[str]:
     if tiling.kind == AMX:  # one height, whose tile is told how many rows there are
         of, name = "k.vectors", "case {v}: {tile}(at, rows, {numbers}); break;"
     else:
         of, name = "k.vectors * 32 + rows", "case {size}: {tile}(at, {numbers}); break;"
     cases = (
-        name.format(v=v, size=v * 32 + r, tile=tile_name(kind, v, r), numbers=numbers)
+        name.format(v=v, size=v * 32 + r, tile=prefix + tile_name(kind, v, r), numbers=numbers)
         for kind, v, r in sorted(tiles)
     )
     return [f"switch ({of}) {{", *(f"  {case}" for case in cases), "}"]
@@ -398,10 +427,29 @@ def print_tile(kind: str, vectors: int, rows: int) -> str:
     """A register tile: `rows x vectors` named accumulators over all of K."""
     if kind == AMX:
         return print_amx_tile(vectors, rows)
-    integer = kind == "u8"
-    item, weight, total, v = (
-        ("uint8_t", "int8_t", "int32_t", "vi") if integer else ("float", "float", "float", "vf")
+    v = "vi" if kind == "u8" else "vf"
+    item, weight, total = TYPES[kind]
+    lines = [
+        *tile_sums(kind, vectors, rows),
+        *(
+            f"{v}_store(acc + {r * vectors + j} * VL, c{r}_{j});"
+            for r in range(rows)
+            for j in range(vectors)
+        ),
+    ]
+    signature = (
+        f"{tile_name(kind, vectors, rows)}(const {item} *const *at, long outer, long outer_stride, "
+        f"long inner, long inner_stride, long length, const {weight} *w, const {total} *init, "
+        f"{total} *acc)"
     )
+    return f"TILE void {signature} {{\n{indent(lines)}\n}}\n"
+
+
+def tile_sums(kind: str, vectors: int, rows: int) -> list[str]:
+    """Statements that sum products over all of K into variables `c{row}_{vector}`."""
+    integer = kind == "u8"
+    item, _, _ = TYPES[kind]
+    v = "vi" if integer else "vf"
     cells = [(r, j) for r in range(rows) for j in range(vectors)]
     scale = " * 4" if integer else ""
     load = "vi_load((const int32_t *)(const void *)(w + {}))" if integer else "vf_load(w + {})"
@@ -416,7 +464,8 @@ def print_tile(kind: str, vectors: int, rows: int) -> str:
         else:
             inner.append(f"const vf x{r} = vf_set(a{r}[i]);")
             inner += [f"c{r}_{j} = vf_fma(x{r}, w{j}, c{r}_{j});" for j in range(vectors)]
-    lines += [
+    return [
+        *lines,
         "for (long y = 0; y < outer; ++y)",
         "  for (long x = 0; x < inner; ++x) {",
         "    const long start = y * outer_stride + x * inner_stride;",
@@ -425,14 +474,7 @@ def print_tile(kind: str, vectors: int, rows: int) -> str:
         f"      w += {vectors} * VL{scale};",
         "    }",
         "  }",
-        *(f"{v}_store(acc + {r * vectors + j} * VL, c{r}_{j});" for r, j in cells),
     ]
-    signature = (
-        f"{tile_name(kind, vectors, rows)}(const {item} *const *at, long outer, long outer_stride, "
-        f"long inner, long inner_stride, long length, const {weight} *w, const {total} *init, "
-        f"{total} *acc)"
-    )
-    return f"TILE void {signature} {{\n{indent(lines)}\n}}\n"
 
 
 def tile_name(kind: str, vectors: int, rows: int) -> str:

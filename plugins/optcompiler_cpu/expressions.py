@@ -102,7 +102,8 @@ class VectorPrinter:
 
     `place` locates a load, `accumulator` is the C expression (vf, or vi for integers) of the
     accumulator. `count` is None for whole vectors, else the C expression of the lanes in use.
-    `factor` splits an accumulator into (sum, scale), so that requantisation is one product.
+    `factor` splits an accumulator into (sum, scale), so that requantisation is one product. Names of
+    variables begin with `prefix`.
     """
 
     def __init__(
@@ -112,8 +113,10 @@ class VectorPrinter:
         accumulator: str = "",
         count: str | None = None,
         factor: tuple[str, str] | None = None,
+        prefix: str = "t",
     ) -> None:
         self.params = params
+        self.prefix = prefix
         self.factor = factor
         self._texts: dict[str, str] = {}
         self.place = place
@@ -147,7 +150,7 @@ class VectorPrinter:
         known = self._memo.get(id(expr))
         if known is None:
             text, level = self._spell(expr)
-            name = f"t{self._made}"
+            name = f"{self.prefix}{self._made}"
             self._made += 1
             self.lines[level].append(f"const {kind_of(expr.dtype)} {name} = {text};")
             known = self._memo[id(expr)] = (name, level)
@@ -205,19 +208,37 @@ class VectorPrinter:
             text = f"vf_add(vf_round(vf_div({x}, {scale})), {zero})"
             limits = f"vf_set({float(low)}f)), vf_set({float(high)}f)"
             return f"vf_int(vf_min(vf_max({text}, {limits}))", max(level, l1, l2)
+        zero = int(expr.zero_point.value)
+        text, level = self._scaled(expr)
+        low_text, high_text = (self._number(float(v - zero)) for v in (low, high))
+        text = f"vf_int(vf_min(vf_max({text}, vf_set({low_text})), vf_set({high_text})))"
+        # the zero point is added to whole numbers: rounding half to even comes before it
+        return (text if zero == 0 else f"vi_add({text}, vi_set({self._whole(zero)}))"), level
+
+    def _scaled(self, expr: Quantize) -> tuple[str, int]:
+        """What is rounded, given a constant scale and zero point."""
+        assert isinstance(expr.scale, Const)
+        assert isinstance(expr.zero_point, Const)
+        low, high = LIMITS[expr.dtype]
         inverse, zero = 1 / expr.scale.value, int(expr.zero_point.value)
         factor = f"vf_set({self._number(inverse)})"
         arg = without_clips(expr.arg, inverse, low - zero, high - zero)
         if isinstance(arg, Accumulator) and self.factor is not None:
             raw, scales = self.factor
-            text, level = f"vf_mul({raw}, {self._shared(f'vf_mul({scales}, {factor})', 1)})", 2
-        else:
-            x, level = self._value(arg)
-            text = f"vf_mul({x}, {factor})"
-        low_text, high_text = (self._number(float(v - zero)) for v in (low, high))
-        text = f"vf_int(vf_min(vf_max({text}, vf_set({low_text})), vf_set({high_text})))"
-        # the zero point is added to whole numbers: rounding half to even comes before it
-        return (text if zero == 0 else f"vi_add({text}, vi_set({self._whole(zero)}))"), level
+            return f"vf_mul({raw}, {self._shared(f'vf_mul({scales}, {factor})', 1)})", 2
+        x, level = self._value(arg)
+        return f"vf_mul({x}, {factor})", level
+
+    def unpacked(self, expr: Quantize) -> str:
+        """Whole numbers less the zero point, not saturated below: for `vi_to_u8s` and its like."""
+        text, level = self._scaled(expr)
+        assert isinstance(expr.zero_point, Const)
+        high = self._number(float(LIMITS[expr.dtype][1] - int(expr.zero_point.value)))
+        name = f"{self.prefix}{self._made}"
+        self._made += 1
+        # of a NaN and a number the second: it becomes the least integer
+        self.lines[level].append(f"const vi {name} = vf_int(vf_min(vf_set({high}), {text}));")
+        return name
 
     def _whole(self, value: int) -> str:
         return f"(int32_t){self._number(float(value))}"
@@ -226,7 +247,7 @@ class VectorPrinter:
         """A variable of type vf for `text`, made once."""
         known = self._texts.get(text)
         if known is None:
-            known = self._texts[text] = f"t{self._made}"
+            known = self._texts[text] = f"{self.prefix}{self._made}"
             self._made += 1
             self.lines[level].append(f"const vf {known} = {text};")
         return known

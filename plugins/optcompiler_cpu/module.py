@@ -44,6 +44,7 @@ from optcompiler_cpu.rows import (
     print_softmax,
 )
 from optcompiler_cpu.scalars import C_TYPES, PACKED
+from optcompiler_cpu.short import is_short, print_short
 from optcompiler_cpu.winograd import is_winograd, print_winograd
 
 ALIGNMENT = 64
@@ -68,7 +69,7 @@ def _contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         return print_winograd(step, isa)
     if isinstance(step, MatMul) and not prepared(step):
         return print_dynamic(step, isa)
-    return print_contraction(step, isa)
+    return print_short(step, isa) if is_short(step, isa) else print_contraction(step, isa)
 
 
 PRINTERS: Mapping[type[Step], Callable[[Any, Isa], KernelCode]] = {

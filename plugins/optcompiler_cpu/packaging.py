@@ -8,7 +8,7 @@ from pathlib import PurePath
 from optcompiler._version import __version__
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.module import Module, template
-from optcompiler_cpu.toolchain import FLAGS, LIBRARIES, LINKING, TUNING
+from optcompiler_cpu.toolchain import FLAGS, LIBRARIES, LINKING, tuning
 
 
 def package(module: Module, isa: Isa) -> dict[str, str]:
@@ -21,7 +21,7 @@ def package(module: Module, isa: Isa) -> dict[str, str]:
         NAME=name,
         OBJECTS=" ".join(f"{PurePath(unit).stem}.o" for unit in module.units),
         FLAGS=shlex.join((*flags, f"-D{isa.macro}", *isa.flags)),
-        TUNING=shlex.join(TUNING),
+        TUNING=shlex.join(tuning()),
         LINKING=shlex.join(LINKING),
         LIBRARIES=shlex.join(LIBRARIES),
     )

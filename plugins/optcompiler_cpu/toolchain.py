@@ -28,6 +28,9 @@ FLAGS = (
 
 TUNING = ("-O3", "-g0")
 
+GCC_TUNING = ("-fno-tree-coalesce-vars",)
+"""Or GCC copies and spills the accumulators of tiles that are followed by their epilogue."""
+
 LINKING = (
     "-shared", "-Wl,-Bsymbolic-functions", "-Wl,--build-id=none", "-s",
 )  # fmt: skip
@@ -64,6 +67,12 @@ def versions() -> dict[str, str]:
         text = _run([*compiler(), "--version"], Path.cwd(), children).splitlines()[0]
     found = {"cc": text, "cc machine": target_machine()}
     return found | {n: " ".join(user_flags(n)) for n in ("CFLAGS", "LDFLAGS") if user_flags(n)}
+
+
+def tuning() -> tuple[str, ...]:
+    """What makes the code fast, for this compiler."""
+    gcc = "Free Software Foundation" in _asked(tuple(compiler()), "--version")
+    return TUNING + (GCC_TUNING if gcc else ())
 
 
 def target_machine() -> str:
@@ -135,7 +144,7 @@ def build(
 
             def compile_one(pair: tuple[str, str]) -> str:
                 source, target = pair
-                steps = [*command, *FLAGS, *TUNING, *flags, *own, "-c", source, "-o", target]
+                steps = [*command, *FLAGS, *tuning(), *flags, *own, "-c", source, "-o", target]
                 return _run(steps, directory, children)
 
             warnings = list(pool.map(compile_one, zip(sources, objects, strict=True)))

@@ -85,6 +85,20 @@ INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 INLINE float vf_hmin(vf a) { return _mm512_reduce_min_ps(a); }
 INLINE vf vf_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
+/* as many of a, b, c, d as `count` says (2 to 4) plus `zero`, saturated, as adjacent bytes */
+#define OC_PACKED(name, pack)                                                                             \
+  INLINE void name(void *p, vi a, vi b, vi c, vi d, int count, int zero) {                                \
+    const __m512i z = _mm512_set1_epi16((short)zero);                                                     \
+    const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), z);                                    \
+    const __m512i cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), z);                                    \
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);         \
+    const __m512i bytes = _mm512_permutexvar_epi32(order, pack(ab, cd));                                  \
+    if (count == 4) _mm512_storeu_si512(p, bytes);                                                        \
+    else if (count == 2) _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(bytes));                \
+    else _mm512_mask_storeu_epi32(p, (__mmask16)0x0fff, bytes);                                           \
+  }
+OC_PACKED(vi_to_u8s, _mm512_packus_epi16)
+OC_PACKED(vi_to_s8s, _mm512_packs_epi16)
 /* four unsigned bytes of a4 against four signed bytes in each lane of w */
 INLINE vi vi_dot(vi c, int32_t a4, vi w) { return _mm512_dpbusd_epi32(c, _mm512_set1_epi32(a4), w); }
 
@@ -260,6 +274,22 @@ INLINE vi vi_dot(vi c, int32_t a4, vi w) {
   return c + (int32_t)(a >> 16 & 255) * (w << 8 >> 24) + (int32_t)(a >> 24) * (w >> 24);
 }
 #endif
+#endif
+
+#if !defined(OC_AVX512_VNNI)
+INLINE void oc_pack(void *p, vi v, int zero, int low, int high) {
+  vi_to8(p, vi_min(vi_max(vi_add(vi_max(v, vi_set(-1000)), vi_set(zero)), vi_set(low)), vi_set(high)));
+}
+#define OC_PACKED(name, low, high)                                         \
+  INLINE void name(void *p, vi a, vi b, vi c, vi d, int count, int zero) { \
+    uint8_t *const q = p;                                                  \
+    oc_pack(q, a, zero, low, high);                                        \
+    oc_pack(q + VL, b, zero, low, high);                                   \
+    if (count > 2) oc_pack(q + 2 * VL, c, zero, low, high);                \
+    if (count > 3) oc_pack(q + 3 * VL, d, zero, low, high);                \
+  }
+OC_PACKED(vi_to_u8s, 0, 255)
+OC_PACKED(vi_to_s8s, -128, 127)
 #endif
 
 INLINE vf vf_loads(const float *p, long s, int n) { float t[VL] = {0}; for (int i = 0; i < n; ++i) t[i] = p[i * s]; return vf_load(t); }

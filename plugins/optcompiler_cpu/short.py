@@ -1,0 +1,147 @@
+"""Contractions over a short K: the epilogue takes the sums from registers.
+
+Where a sum is short, handing it over through memory costs as much as making it. These tiles are
+printed with their epilogue, each for one kernel alone; rows of bytes are stored vectors at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from optcompiler.lowering.ir import Const, Conv, Expr, MatMul, Quantize, View, product, walk
+from optcompiler_cpu.amx import AMX
+from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
+from optcompiler_cpu.contraction import (
+    TYPES,
+    Shape,
+    Tiles,
+    conv_shape,
+    matmul_shape,
+    prepared,
+    print_contraction,
+    row_strides,
+    tile_name,
+    tile_sums,
+)
+from optcompiler_cpu.expressions import Place, VectorPrinter
+from optcompiler_cpu.isa import Isa
+
+MOST_STEPS = 64
+"""Steps of K (four integers, or one float) up to which a sum is short."""
+
+MOST_EXPRESSIONS = 16
+"""Sub-expressions of an epilogue that is printed for every vector of a tile."""
+
+
+def is_short(step: Conv | MatMul, isa: Isa) -> bool:
+    """Whether the step is such a contraction, of whole vectors of columns."""
+    if isinstance(step, MatMul) and not prepared(step):
+        return False
+    shape = conv_shape(step) if isinstance(step, Conv) else matmul_shape(step)
+    tiling = isa.tiling(shape.integer, product(shape.dims))
+    steps = shape.outer * shape.inner * -(-shape.length // tiling.step)
+    return (
+        tiling.kind != AMX
+        and steps <= MOST_STEPS
+        and shape.n % isa.lanes == 0
+        and sum(1 for _ in walk(step.epilogue)) <= MOST_EXPRESSIONS
+    )
+
+
+def print_short(step: Conv | MatMul, isa: Isa) -> KernelCode:
+    return print_contraction(step, isa, print_whole_tiles)
+
+
+def print_whole_tiles(
+    step: Conv | MatMul, shape: Shape, pointers: Pointers, tiles: Tiles
+) -> tuple[str, list[str]]:
+    """Functions `@_tile_…`, and the row offsets they want, in C terms of the row's coordinates."""
+    names = [f"i{d}" for d in range(len(shape.dims))]
+    args: list[str] = []
+    pointers.view(step.out, written=True)
+
+    def place(view: View, vector: int) -> Place:
+        strides, lane = row_strides(step, view)
+        strides = shape.merged(strides)
+        base = pointers.view(view)
+        at = f"(n + {vector} * VL)"
+        column = at if lane == 1 else f"(long){at} * {lane}"
+        if not any(s and n > 1 for s, n in zip(strides, shape.dims, strict=True)):
+            text = f"{base} + {view.offset}L" + (f" + {column}" if lane else "")
+            return Place(text, lane, 1 if lane else 0)
+        text = linear(names, strides, view.offset)
+        if text not in args:
+            args.append(text)
+        row = f"r{args.index(text)}[ROW]"
+        return Place(f"{base} + {row}" + (f" + {column}" if lane else ""), lane, 2)
+
+    endings = {tile: _ending(step, shape, pointers, tile, place) for tile in sorted(tiles)}
+    item, weight, total = TYPES["u8" if shape.integer else "f32"]
+    offsets = "".join(f", const long *r{i}" for i, _ in enumerate(args))
+    texts = [
+        f"static void @_{tile_name(*tile)}(const {item} *const *at, long outer, "
+        f"long outer_stride, long inner, long inner_stride, long length, const {weight} *w, "
+        f"const {total} *init, int n, char *const *q{offsets}) {{\n"
+        f"{indent([*pointers.declarations(ending), *tile_sums(*tile), *ending])}\n}}\n"
+        for tile, ending in endings.items()
+    ]
+    return "\n".join(texts), args
+
+
+def _ending(
+    step: Conv | MatMul,
+    shape: Shape,
+    pointers: Pointers,
+    tile: tuple[str, int, int],
+    place: Callable[[View, int], Place],
+) -> list[str]:
+    """Statements that store what `tile_sums` has summed."""
+    _, vectors, rows = tile
+    target = place(step.out, 0)
+    packed = _packs(step.epilogue) and target.stride == 1 and vectors > 1
+    once: list[str] = []
+    columns: list[str] = []
+    row: list[str] = []
+    results: list[str] = []
+    for j in range(vectors):
+        spelled, factor = f"SUM_{j}", None
+        if shape.integer:
+            columns.append(f"const vf scales{j} = vf_load(scale + n + {j} * VL);")
+            spelled = f"vf_mul(vi_float(SUM_{j}), scales{j})"
+            factor = (f"vi_float(SUM_{j})", f"scales{j}")
+        printer = VectorPrinter(
+            pointers.params, lambda view, j=j: place(view, j), spelled, factor=factor,
+            prefix=f"t{j}_",
+        )  # fmt: skip
+        if packed:
+            assert isinstance(step.epilogue, Quantize)
+            results.append(printer.unpacked(step.epilogue))
+        else:
+            target = place(step.out, j)
+            printer.store(step.epilogue, target.pointer, target.stride)
+        for into, lines in zip((once, columns, row), printer.lines, strict=True):
+            into += lines
+    if packed:
+        assert isinstance(step.epilogue, Quantize)
+        assert isinstance(step.epilogue.zero_point, Const)
+        verb = "vi_to_u8s" if step.epilogue.dtype == "UINT8" else "vi_to_s8s"
+        four = ", ".join((results * 3)[:4] if vectors < 4 else results)
+        zero = int(step.epilogue.zero_point.value)
+        row.append(
+            f"{verb}({target.pointer}, {four}, {vectors}, (int){pointers.params.add(float(zero))});"
+        )
+    lines = [*once, *columns]
+    for r in range(rows):
+        lines.append("{")
+        lines += (f"  {line}".replace("SUM", f"c{r}").replace("[ROW]", f"[{r}]") for line in row)
+        lines.append("}")
+    return lines
+
+
+def _packs(epilogue: Expr) -> bool:
+    """Whether the result is bytes by a constant scale and zero point."""
+    return (
+        isinstance(epilogue, Quantize)
+        and isinstance(epilogue.scale, Const)
+        and isinstance(epilogue.zero_point, Const)
+    )
