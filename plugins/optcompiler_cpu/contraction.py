@@ -21,7 +21,6 @@ from optcompiler_cpu.expressions import Place, VectorPrinter
 from optcompiler_cpu.isa import Isa, Tiling
 from optcompiler_cpu.loops import HEADER
 
-
 TYPES = {"u8": ("uint8_t", "int8_t", "int32_t"), "f32": ("float", "float", "float")}
 """By kind of tile, the C types of an element, a weight and a sum."""
 

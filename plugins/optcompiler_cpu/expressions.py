@@ -102,8 +102,8 @@ class VectorPrinter:
 
     `place` locates a load, `accumulator` is the C expression (vf, or vi for integers) of the
     accumulator. `count` is None for whole vectors, else the C expression of the lanes in use.
-    `factor` splits an accumulator into (sum, scale), so that requantisation is one product. Names of
-    variables begin with `prefix`.
+    `factor` splits an accumulator into (sum, scale), so that requantisation is one product.
+    Names of variables begin with `prefix`.
     """
 
     def __init__(
