@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 from optcompiler.lowering.ir import Const, CumSum, Gather, Loop, View
 from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
-from optcompiler_cpu.expressions import VectorPrinter, vectorisable
+from optcompiler_cpu.expressions import Place, VectorPrinter, vectorisable
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.legalize import Halo
 from optcompiler_cpu.nest import (
@@ -46,8 +49,12 @@ def print_loop(step: Loop, isa: Isa) -> KernelCode:
         printer.store(step.epilogue, target.pointer, target.stride)
         return [line for level in printer.lines for line in level]
 
-    length = nest.sizes[lane]
-    if len(nest.sizes) == 1 and parallel:
+    length, inner = nest.sizes[lane], [lane]
+    planes = _planes(nest, step.out, lane)
+    if planes is not None:
+        emit = _weaver(step, nest, planes, pointers, place)
+        inner.append(planes)
+    if len(nest.sizes) == len(inner) and parallel:
         chunks = -(-length // 64)
         low, high = (
             f"(long)part * {chunks} / parts * 64",
@@ -56,8 +63,37 @@ def print_loop(step: Loop, isa: Isa) -> KernelCode:
         lines = [f"const long stop = {high} < {length} ? {high} : {length};"]
         lines += vector_loop(length, isa.lanes, emit, low, "stop")
     else:
-        lines = outer_loops(nest, [lane], vector_loop(length, isa.lanes, emit), parallel)
+        lines = outer_loops(nest, inner, vector_loop(length, isa.lanes, emit), parallel)
     return function(pointers, lines, parallel)
+
+
+def _planes(nest: Nest, out: View, lane: int) -> int | None:
+    """The loop over few byte planes that are stored interleaved along the loop `lane`."""
+    strides = nest.strides(out)
+    for d, size in enumerate(nest.sizes):
+        if d != lane and 2 <= size <= 4 and strides[d] == 1 and strides[lane] == size:
+            return d if out.dtype in {"UINT8", "INT8"} else None
+    return None
+
+
+def _weaver(
+    step: Loop, nest: Nest, planes: int, pointers: Pointers, place: Callable[[View], Place]
+) -> Callable[[str | None], list[str]]:
+    count = nest.sizes[planes]
+
+    def emit(left: str | None) -> list[str]:
+        lines: list[str] = []
+        names: list[str] = []
+        for plane in range(count):
+            printer = VectorPrinter(pointers.params, place, "", left, prefix=f"t{plane}_")
+            names.append(printer.print(step.epilogue))
+            for line in (line for level in printer.lines for line in level):
+                lines.append(re.sub(rf"\bi{planes}\b", str(plane), line))
+        target = re.sub(rf"\bi{planes}\b", "0", place(step.out).pointer)
+        four = ", ".join((names * 2)[:4])
+        return [*lines, f"vi_weave({target}, {four}, {count}, {left or 'VL'});"]
+
+    return emit
 
 
 def _lane(nest: Nest, views: list[View], isa: Isa) -> int:

@@ -540,3 +540,27 @@ def test_a_library_that_took_the_place_of_a_loaded_one_is_the_one_that_runs(tmp_
         runners.append((backend.load(place, info, threads=1), want))
     for runner, want in runners:
         np.testing.assert_allclose(runner.run({"x": x})[0], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("planes", [2, 3, 4])
+def test_planes_quantised_to_pixels(planes: int, isa: str, tmp_path: Path) -> None:
+    source = program(
+        f"""(float[2, {planes}, 9, 37] x)
+            => (uint8[2, 9, 37, {planes}] y, int8[2, 333, {planes}] z) {{
+            q = QuantizeLinear(x, s, u)
+            y = Transpose<perm = [0, 2, 3, 1]>(q)
+            i = QuantizeLinear(x, s, t)
+            j = Reshape(i, shape)
+            z = Transpose<perm = [0, 2, 1]>(j)
+        }}""",
+        s=np.array(0.02, np.float32), u=np.array(128, np.uint8), t=np.array(-7, np.int8),
+        shape=np.array([2, planes, 333]),
+    )  # fmt: skip
+    inputs = random_inputs(source, 3)
+    for got, want in zip(
+        compiled(source, tmp_path, isa, inputs, threads=2), run_onnx(source, inputs), strict=True
+    ):
+        difference = np.abs(got.astype(int) - want.astype(int))
+        assert difference.max() <= 1
+        assert (difference == 0).mean() > 0.99

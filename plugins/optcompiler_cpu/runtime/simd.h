@@ -99,6 +99,21 @@ INLINE vf vf_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
   }
 OC_PACKED(vi_to_u8s, _mm512_packus_epi16)
 OC_PACKED(vi_to_s8s, _mm512_packs_epi16)
+/* bytes of `count` planes (2 to 4) as pixels: a[0] b[0] ... a[1] b[1] ..., the first n pixels */
+INLINE void vi_weave(void *p, vi a, vi b, vi c, vi d, int count, int n) {
+  const __m512i low = _mm512_set1_epi32(255);
+  __m512i x = _mm512_or_si512(_mm512_and_si512(a, low), _mm512_slli_epi32(_mm512_and_si512(b, low), 8));
+  if (count > 2) x = _mm512_or_si512(x, _mm512_slli_epi32(_mm512_and_si512(c, low), 16));
+  if (count > 3) x = _mm512_or_si512(x, _mm512_slli_epi32(d, 24));
+  if (count == 2) _mm256_mask_storeu_epi16(p, LANES(n), _mm512_cvtepi32_epi16(x));
+  else if (count == 4) _mm512_mask_storeu_epi32(p, LANES(n), x);
+  else {
+    const __m512i three = _mm512_set4_epi32(-1, 0x0e0d0c0a, 0x09080605, 0x04020100);
+    const __m512i order = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 7, 11, 15);
+    x = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(x, three));
+    _mm512_mask_storeu_epi8(p, (1ull << 3 * n) - 1, x);
+  }
+}
 /* four unsigned bytes of a4 against four signed bytes in each lane of w */
 INLINE vi vi_dot(vi c, int32_t a4, vi w) { return _mm512_dpbusd_epi32(c, _mm512_set1_epi32(a4), w); }
 
@@ -277,6 +292,15 @@ INLINE vi vi_dot(vi c, int32_t a4, vi w) {
 #endif
 
 #if !defined(OC_AVX512_VNNI)
+INLINE void vi_weave(void *p, vi a, vi b, vi c, vi d, int count, int n) {
+  uint8_t t[4][VL], *q = p;
+  vi_to8(t[0], a);
+  vi_to8(t[1], b);
+  vi_to8(t[2], c);
+  vi_to8(t[3], d);
+  for (int i = 0; i < n; ++i)
+    for (int k = 0; k < count; ++k) *q++ = t[k][i];
+}
 INLINE void oc_pack(void *p, vi v, int zero, int low, int high) {
   vi_to8(p, vi_min(vi_max(vi_add(vi_max(v, vi_set(-1000)), vi_set(zero)), vi_set(low)), vi_set(high)));
 }
