@@ -33,7 +33,9 @@ from optcompiler.lowering.ir import (
     Softmax,
     Step,
     View,
+    loads,
     row_major,
+    walk,
 )
 from optcompiler.program import Program
 from tests.support import NUMPY_TYPES, assert_close, random_inputs, run_onnx
@@ -257,6 +259,137 @@ CONSTANTS = {
     "sw": np.array([0.5, 0.25, 0.125, 1], np.float32) / 64, "zw": np.zeros(4, np.int8),
     "b": np.array([100, -50, 0, 7], np.int32), "sy": np.array(0.03, np.float32),
 }  # fmt: skip
+
+
+GELU = """half = Mul(half_, x) cube = Pow(x, three) small = Mul(cube, c) inner = Add(x, small)
+    scaled = Mul(inner, root) bell = Tanh(scaled) up = Add(bell, one) g = Mul(half, up)"""
+GELU_CONSTANTS = {
+    "half_": np.array(0.5, np.float32), "three": np.array(3, np.float32),
+    "c": np.array(0.044715, np.float32), "root": np.array(math.sqrt(2 / math.pi), np.float32),
+    "one": np.array(1, np.float32),
+}  # fmt: skip
+
+
+def once(lowered: Lowered, op: str) -> bool:
+    """Whether one step alone computes `op`, and once an element."""
+    found = [e for s in lowered.steps for e in walk(s.epilogue) if isinstance(e, Call)]
+    return sum(e.op == op for e in found) == 1
+
+
+@pytest.mark.parametrize("text", [GELU, GELU.replace("half = Mul(half_, x)", "").replace(
+    "g = Mul(half, up)", "half = Mul(half_, x) g = Mul(half, up)"
+)])  # fmt: skip
+def test_what_an_operand_is_used_for_several_times_is_one_loop(text: str) -> None:
+    body = f"(float[3, 40] x) => (float[3, 40] g) {{ {text} }}"
+    lowered = check(program(body, **GELU_CONSTANTS))
+    assert kinds(lowered) == ["Loop"]
+    assert len(lowered.steps[0].nodes) == 8
+    assert once(lowered, "tanh")
+    assert len(list(loads(lowered.steps[0].epilogue))) == 1
+
+
+def test_a_product_fuses_what_follows_a_change_of_shape() -> None:
+    source = program(
+        f"""(float[1, 6, 8] data, float[1, 6, 4] residual) => (float[1, 6, 4] y) {{
+            rows = Reshape(data, flat)
+            m = Gemm(rows, w, b)
+            x = Reshape(m, deep)
+            {GELU}
+            scaled_ = Mul(g, per_channel)
+            wide = Reshape(scaled_, flat4)
+            tall = Unsqueeze(wide, zero)
+            y = Add(residual, tall)
+        }}""",
+        w=(8, 4), b=(4,), per_channel=(4,), flat=np.array([6, 8]), deep=np.array([1, 6, 4]),
+        flat4=np.array([6, 4]), zero=np.array([0]), **GELU_CONSTANTS,
+    )  # fmt: skip
+    lowered = check(source)
+    assert kinds(lowered) == ["MatMul"]
+    assert once(lowered, "tanh")
+
+
+def test_integers_leave_a_product_through_a_change_of_shape() -> None:
+    source = program(
+        f"""(float[6, 8] data) => (uint8[3, 2, 4] y) {{
+            q = QuantizeLinear(data, s, z) d = DequantizeLinear(q, s, z)
+            wd = DequantizeLinear<axis = 1>(w, sw)
+            m = Gemm(d, wd)
+            x = Reshape(m, deep)
+            {GELU}
+            y = QuantizeLinear(g, s, z)
+        }}""",
+        s=np.array(0.02, np.float32), z=np.array(100, np.uint8), deep=np.array([3, 2, 4]),
+        w=np.random.default_rng(1).integers(-99, 99, (8, 4)).astype(np.int8),
+        sw=np.array([0.02, 0.01, 0.03, 0.005], np.float32), **GELU_CONSTANTS,
+    )  # fmt: skip
+    lowered, inputs = lower(source), random_inputs(source, 2)
+    got, want = Interpreter(lowered).run(inputs)[0], run_onnx(source, inputs)[0]
+    assert np.abs(got.astype(int) - want.astype(int)).max() <= 1
+    assert kinds(lowered) == ["Loop", "MatMul"]
+    assert lowered.steps[1].out.dtype == "UINT8"
+
+
+@pytest.mark.parametrize(
+    ("operand", "steps"),
+    [
+        ("float[2, 3, 4] z", ["MatMul"]),
+        ("float[4] z", ["MatMul"]),
+        ("float[2, 1, 1] z", ["MatMul", "Loop"]),  # no stride says which third of the rows it is
+        ("float[5, 2, 3, 4] z", ["MatMul", "Loop"]),
+    ],
+)
+def test_an_operand_of_another_shape_is_read_where_strides_can_say_it(
+    operand: str, steps: list[str]
+) -> None:
+    shape = "5, 2, 3, 4" if "5" in operand else "2, 3, 4"
+    source = program(
+        f"""(float[6, 8] data, {operand}) => (float[{shape}] y) {{
+            m = MatMul(data, w) x = Reshape(m, deep) y = Add(x, z)
+        }}""",
+        w=(8, 4), deep=np.array([2, 3, 4]),
+    )  # fmt: skip
+    assert kinds(check(source)) == steps
+
+
+def test_an_operand_that_lies_otherwise_is_copied() -> None:
+    source = program(
+        """(float[6, 8] data, float[4, 3, 2] z) => (float[2, 3, 4] y) {
+            m = MatMul(data, w) x = Reshape(m, deep) t = Transpose(z) y = Add(x, t)
+        }""",
+        w=(8, 4), deep=np.array([2, 3, 4]),
+    )  # fmt: skip
+    assert kinds(check(source)) == ["Loop", "MatMul"]
+
+
+def test_what_waits_for_a_kernel_is_left_to_it() -> None:
+    source = program(
+        """(float[6, 6] x) => (float[6, 6] y) {
+            d = Mul(x, x) m = MatMul(x, w) g = Tanh(m) y = Add(d, g)
+        }""",
+        w=(6, 6),
+    )
+    lowered = check(source)
+    assert kinds(lowered) == ["MatMul", "Loop"]
+    assert len(lowered.steps[0].nodes) == 2
+
+
+def test_what_is_read_elsewhere_is_a_step_of_its_own() -> None:
+    source = program(
+        """(float[6, 6] x) => (float[6, 6] y, float[6] z) {
+            d = Mul(x, x) e = Exp(x) g = Tanh(e) y = Add(d, g) z = ReduceMax<keepdims = 0>(e, axes)
+        }""",
+        axes=np.array([1]),
+    )
+    assert kinds(check(source)) == ["Loop", "Loop", "Reduction"]
+
+
+def test_integers_that_vectors_cannot_add_stay_out_of_a_loop_of_floats() -> None:
+    source = program(
+        """(float[6, 6] x, int64[6, 6] i, int64[6, 6] j) => (float[6, 6] y) {
+            d = Mul(x, x) k = Add(i, j) c = Less(i, k) e = Exp(x) y = Where(c, d, e)
+        }"""
+    )
+    assert [len(s.nodes) for s in check(source).steps] == [2, 3]
 
 
 def test_a_quantised_convolution_is_one_integer_step() -> None:

@@ -7,7 +7,6 @@ are read.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -34,9 +33,7 @@ from optcompiler.lowering.ir import (
     product,
     row_major,
 )
-
-LOOKAHEAD = 32
-"""Pointwise nodes that a region may try to take in."""
+from optcompiler.lowering.regions import readers
 
 
 def rewrite(expr: Expr, leaf: Callable[[Expr], Expr], memo: dict[int, Expr] | None = None) -> Expr:
@@ -193,54 +190,6 @@ class Builder:
                 return known
         return strides
 
-    # -- regions ----------------------------------------------------------------------------
-
-    def region(
-        self, root: ir.Node, pointwise: Callable[[ir.Node], bool]
-    ) -> tuple[list[ir.Node], ir.Value]:
-        """Pointwise nodes that follow `root`'s first output and end in one value, and that value.
-
-        The largest set, within a look-ahead, of which nothing but the last value is read outside;
-        so every other operand of the set is computable before it.
-        """
-        start = root.outputs[0]
-        shape = self.shape(start)
-        inside: dict[ir.Value, set[ir.Node]] = {start: self._readers(start)}
-        taken: list[ir.Node] = []
-        best: tuple[list[ir.Node], ir.Value] = ([], start)
-        queue: list[tuple[int, ir.Node]] = []
-        seen: set[ir.Node] = set()
-
-        def offer(value: ir.Value) -> None:
-            for node in self._readers(value):
-                if node not in seen and node in self.order:
-                    seen.add(node)
-                    if (
-                        pointwise(node)
-                        and len(node.outputs) == 1
-                        and self.shape(node.outputs[0]) == shape
-                    ):
-                        heapq.heappush(queue, (self.order[node], node))
-
-        offer(start)
-        while queue and len(taken) < LOOKAHEAD:
-            _, node = heapq.heappop(queue)
-            taken.append(node)
-            inside[node.outputs[0]] = self._readers(node.outputs[0])
-            done = set(taken)
-            loose = [v for v, readers in inside.items() if v in self.outputs or not readers <= done]
-            # Integers go to memory: whoever reads them dequantises, or computes in integers.
-            widens = node.op_type == "DequantizeLinear" and node.outputs[0] not in self.outputs
-            if loose in ([], [node.outputs[0]]) and not widens:
-                best = (list(taken), node.outputs[0])
-            if node.outputs[0] in self.outputs:
-                break
-            offer(node.outputs[0])
-        return best
-
-    def _readers(self, value: ir.Value) -> set[ir.Node]:
-        return {use.node for use in value.uses()}
-
     # -- steps ------------------------------------------------------------------------------
 
     def emit(
@@ -281,7 +230,7 @@ class Builder:
 
     def _transposed_strides(self, value: ir.Value) -> tuple[int, ...]:
         shape = self.shape(value)
-        users = list(self._readers(value))
+        users = list(readers(value))
         if len(users) == 1 and users[0].op_type == "Transpose":
             permutation = users[0].attributes.get("perm")
             order = tuple(permutation.as_ints()) if permutation is not None else ()

@@ -326,8 +326,9 @@ def finish_matmul(
     full = (*a.view.shape[:-1], b.view.shape[-1])
 
     def emit(nodes: tuple[ir.Node, ...], last: ir.Value, expr: Expr) -> None:
-        dense = low.destination(last, None)
-        out = dense if full == shape else replace(
+        result = low.shape(last)
+        dense = low.destination(last, None if result == shape else row_major(result))
+        out = dense if full == result else replace(
             dense, shape=full, strides=_widened(dense, full)
         )  # fmt: skip
         final = expr if full == shape else reshaped(expr, full)
@@ -347,7 +348,7 @@ def finish_matmul(
         low.emit(MatMul, nodes, out=out, epilogue=final, a=left, b=right, bias=bias)
         low.exprs[last] = Load(dense.dtype, dense)
 
-    low.fused(node, epilogue, emit)
+    low.fused(node, epilogue, emit, reshapes=True)
 
 
 def _widened(view: View, full: tuple[int, ...]) -> tuple[int, ...]:

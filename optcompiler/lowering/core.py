@@ -13,6 +13,7 @@ from optcompiler.lowering.build import (
     Builder,
     channels_last,
     map_views,
+    rewrite,
 )
 from optcompiler.lowering.covered import COVERED
 from optcompiler.lowering.expand import Decomposition, Facts
@@ -29,6 +30,7 @@ from optcompiler.lowering.ir import (
     Quantize,
     row_major,
 )
+from optcompiler.lowering.regions import SAME_ORDER, absorbed, following
 from optcompiler.program import Program
 
 Rule = Callable[["Lowering", ir.Node], None]
@@ -74,9 +76,11 @@ class Lowering(Builder):
     def lower_node(self, node: ir.Node) -> None:
         if node in self.done:
             return
-        self.done.add(node)
         for value in node.inputs:
             self.ensure(value)
+        if node in self.done:  # it became part of the step that computes an operand
+            return
+        self.done.add(node)
         rule = self.rules.get(node.op_type) if node.domain == "" else None
         if rule is None and pointwise_op(node):
             rule = lower_pointwise
@@ -99,12 +103,22 @@ class Lowering(Builder):
         node: ir.Node,
         epilogue: Expr,
         emit: Callable[[tuple[ir.Node, ...], ir.Value, Expr], None],
+        reshapes: bool = False,
     ) -> None:
         """Close the region that begins at `node` and let `emit` write its last value.
 
-        `epilogue` is the node's own first output in terms of the step's accumulator.
+        `epilogue` is the node's own first output in terms of the step's accumulator. With
+        `reshapes`, the last value may have another shape of the same elements; what `emit` gets is
+        over the shape of the node's output all the same.
         """
-        nodes, last = self.region(node, lambda n: n not in self.done and pointwise_op(n))
+
+        def free(n: ir.Node) -> bool:
+            return n not in self.done and pointwise_op(n)
+
+        nodes, last = following(self, node, free, reshapes)
+        if nodes:
+            nodes += absorbed(self, node, nodes, free)
+            nodes.sort(key=self.order.__getitem__)
         self.done.update(nodes)
         own = {node, *nodes}
         for inner in nodes:
@@ -114,8 +128,33 @@ class Lowering(Builder):
         shape = self.shape(node.outputs[0])
         local: dict[ir.Value, Expr] = {node.outputs[0]: epilogue}
         for inner in nodes:
-            local[inner.outputs[0]] = self.pointwise(inner, shape, local)
+            local[inner.outputs[0]] = self._inside(inner, shape, local)
         emit((node, *nodes), last, local[last])
+
+    def _inside(
+        self, node: ir.Node, space: tuple[int, ...], local: Mapping[ir.Value, Expr]
+    ) -> Expr:
+        """A region's node as an expression over the `space` of its step."""
+        if node.op_type in SAME_ORDER:
+            assert node.inputs[0] is not None
+            return local[node.inputs[0]]
+        shape = self.shape(node.outputs[0])
+        expr = self.pointwise(node, shape, local)
+        if shape == space:
+            return expr
+
+        def over(leaf: Expr) -> Expr:
+            if not isinstance(leaf, Load):
+                return leaf
+            view = leaf.view.reshape(space)
+            if view is None:
+                copy = self.store_plain(leaf, shape, row_major(shape), node)
+                view = copy.reshape(space)
+            assert view is not None
+            return Load(view.dtype, view)
+
+        done = {id(local[v]): local[v] for v in node.inputs if v is not None and v in local}
+        return rewrite(expr, over, done)
 
     def pointwise(
         self, node: ir.Node, shape: tuple[int, ...], local: Mapping[ir.Value, Expr]

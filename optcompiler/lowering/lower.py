@@ -23,12 +23,12 @@ def lower(
     """Lower a program of static shapes.
 
     Pointwise operators that follow a contraction, reduction, pooling or another pointwise one are
-    fused into its step; functions of the program (fused regions) are expanded first, so a region is
-    one step whether a pass drew it or not. Images are stored channels-last between steps. With
-    `plan` False the arena is left to the caller (`arena.plan`), who may change steps first. With
-    `values` False weights that need computing are left out: for `kernels_of` alone. With
-    `computed_integers` a product of two quantised results, the second of them symmetric, sums
-    integers; else only one with quantised weights does.
+    fused into its step, those that only these read among them (`regions`); functions of the program
+    (fused regions) are expanded first, so a region is one step whether a pass drew it or not.
+    Images are stored channels-last between steps. With `plan` False the arena is left to the caller
+    (`arena.plan`), who may change steps first. With `values` False weights that need computing are
+    left out: for `kernels_of` alone. With `computed_integers` a product of two quantised results,
+    the second of them symmetric, sums integers; else only one with quantised weights does.
 
     Raises `InputError` for dynamic shapes and `UnsupportedOperatorError` naming operator and node.
     """

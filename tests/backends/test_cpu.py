@@ -272,6 +272,40 @@ INTEGERS = {
             "sx": NUMBERS["sx"], "sy": NUMBERS["sy"],
         },
     ),
+    "decoder": (
+        """(float[1, 9, 22] r) => (float[1, 9, 22] y) {
+            rows = Reshape(r, flat)
+            q = QuantizeLinear(rows, sx, zx)
+            d = DequantizeLinear(q, sx, zx)
+            w0d = DequantizeLinear<axis = 1>(w0, s0, z40)
+            m = Gemm(d, w0d, b0)
+            x = Reshape(m, deep)
+            half = Mul(x, half_)
+            cube = Pow(x, three)
+            small = Mul(c, cube)
+            inner = Add(small, x)
+            scaled = Mul(root, inner)
+            bell = Tanh(scaled)
+            up = Add(one, bell)
+            g = Mul(up, half)
+            gq = QuantizeLinear(g, sy, zy)
+            gd = DequantizeLinear(gq, sy, zy)
+            gf = Reshape(gd, wide)
+            w1d = DequantizeLinear(w1, sx, zi)
+            n = Gemm(gf, w1d, b1)
+            nd = Reshape(n, again)
+            y = Add(r, nd)
+        }""",
+        {
+            "w0": integers(22, 40), "s0": scale(40), "z40": zeros(np.int8, 40), "b0": (40,),
+            "w1": integers(40, 22), "b1": (22,), "zi": np.array(0, np.int8),
+            "flat": np.array([9, 22]), "deep": np.array([1, 9, 40]), "wide": np.array([9, 40]),
+            "again": np.array([1, 9, 22]), "half_": np.array(0.5, np.float32),
+            "three": np.array(3, np.float32), "c": np.array(0.044715, np.float32),
+            "root": np.array(math.sqrt(2 / math.pi), np.float32), "one": np.array(1, np.float32),
+            **NUMBERS,
+        },
+    ),
     "attention": (
         """(float[2, 5, 22] x, float[2, 67, 22] k) => (float[2, 2, 5, 67] s, uint8[2, 2, 5, 11] y) {
             xq = QuantizeLinear(x, sx, zx)
@@ -344,6 +378,31 @@ def test_functions_are_accurate_and_pass_on_what_is_not_finite(isa: str, tmp_pat
         )  # fmt: skip
     for got, want in zip(compiled(source, tmp_path, isa, {"x": x}), wants, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=5e-7)
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_gelu_is_accurate(isa: str, tmp_path: Path) -> None:
+    """To 3e-7 of what goes in, or in absolute terms below 1."""
+    size = 4000
+    source = program(
+        f"""(float[{size}] x) => (float[{size}] y, float[{size}] z) {{
+            y = Gelu(x) z = Gelu<approximate = "tanh">(x) }}"""
+    )
+    x = np.linspace(-40, 40, size, dtype=np.float32)
+    wide = x.astype(np.float64)
+    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    exact = (np.vectorize(math.erf)(wide / math.sqrt(2)), np.tanh(inner))
+    for got, bell in zip(compiled(source, tmp_path, isa, {"x": x}), exact, strict=True):
+        difference = np.abs(got - wide / 2 * (1 + bell))
+        assert (difference / np.maximum(1, np.abs(wide))).max() < 3e-7
+
+
+def test_a_gelu_between_products_takes_no_step() -> None:
+    body, weights = INTEGERS["decoder"]
+    found = CpuBackend().kernels(program(body, **weights), Target("cpu", threads=1))
+    assert [(k.kind, k.dtype) for k in found] == [
+        ("pointwise", "int8"), ("gemm", "int8"), ("gemm", "int8"),
+    ]  # fmt: skip
 
 
 def test_integer_contractions_are_integer_kernels() -> None:
