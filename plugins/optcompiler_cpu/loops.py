@@ -43,12 +43,13 @@ def print_loop(step: Loop, isa: Isa) -> KernelCode:
     pointers.view(step.out, written=True)
     place = placer(pointers, nest, lane)
 
-    def emit(count: str | None) -> list[str]:
+    def plain(count: str | None) -> list[str]:
         printer = VectorPrinter(pointers.params, place, "", count)
         target = place(step.out)
         printer.store(step.epilogue, target.pointer, target.stride)
         return [line for level in printer.lines for line in level]
 
+    emit: Callable[[str | None], list[str]] = plain
     length, inner = nest.sizes[lane], [lane]
     planes = _planes(nest, step.out, lane)
     if planes is not None:
