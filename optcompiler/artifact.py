@@ -56,7 +56,7 @@ from optcompiler.target import Target
 from optcompiler.untrusted import json_of
 
 FORMAT = "optcompiler-artifact"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 RECORDS = "records.json"
 REFERENCE = "reference.bin"
@@ -75,7 +75,7 @@ _SHOWN_ELEMENTS = 16
 class Contents:
     """Everything an artifact says about itself.
 
-    `program` is the final program, `teacher_hash` the content hash of the imported one,
+    `program` is the final program, `teacher` the imported one, whose sizes may not be bound yet,
     `backend_info` what `Backend.lower` returned, `options` what the compile was asked for.
     `measurements` may hold "predicted_us", "measured_us", "baseline_us", "baseline_predicted_us",
     "kernels" (dicts of name, kind, dtype, nodes, predicted_us, measured_us), "damage",
@@ -86,7 +86,7 @@ class Contents:
     """
 
     program: Program
-    teacher_hash: str
+    teacher: Program
     target: Target
     backend_info: Mapping[str, Any]
     signature: Signature
@@ -111,6 +111,8 @@ class Artifact:
     target: Target
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    teacher_inputs: tuple[Port, ...]
+    """Of the program as imported, before the target's sizes were bound."""
 
     @property
     def code(self) -> Path:
@@ -185,7 +187,8 @@ def _manifest(contents: Contents) -> dict[str, Any]:
             "options": contents.options,
             "versions": contents.versions,
             "program_hash": program.content_hash(),
-            "teacher_hash": contents.teacher_hash,
+            "teacher_hash": contents.teacher.content_hash(),
+            "teacher_inputs": contents.teacher.inputs,
         }
     )
 
@@ -262,6 +265,7 @@ def open_artifact(directory: str | Path) -> Artifact:
             target=Target.parse(manifest["target"]),
             inputs=_ports(interface["inputs"]),
             outputs=_ports(interface["outputs"]),
+            teacher_inputs=_ports(manifest["teacher_inputs"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
         raise InputError(

@@ -32,6 +32,7 @@ MANIFEST_FORM: Form = {
         "quarantined?": [{"pass": str, "owner": str, "reason": str}],
     },
     "versions": {"*": str}, "program_hash": str, "teacher_hash": str, "code_hash": str,
+    "teacher_inputs": [_PORT],
     "files": {"*": _FILE},
 }  # fmt: skip
 

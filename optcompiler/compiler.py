@@ -485,8 +485,8 @@ class Job:
         reference = finish.reference(session, final) if capabilities.reference else None
         lock = self._locked(final, profile)
         contents = artifact.Contents(
-            program=final.program, teacher_hash=session.teacher.content_hash(),
-            target=session.target, backend_info=final.info, signature=signature,
+            program=final.program, teacher=session.teacher, target=session.target,
+            backend_info=final.info, signature=signature,
             ledger=session.ledger, options=self._options(), versions=self.versions,
             measurements=measurements, lock=lock.to_json(), reference=reference,
         )  # fmt: skip

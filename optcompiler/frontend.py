@@ -15,7 +15,7 @@ import onnx_ir as ir
 from optcompiler.binding import fix_dimensions
 from optcompiler.errors import InputError, VerificationError
 from optcompiler.importing import program_from_onnx
-from optcompiler.program import Program
+from optcompiler.program import Port, Program
 from optcompiler.signature import Signature, is_torch
 
 Dynamic = Mapping[str, Mapping[int, str]] | str | None
@@ -74,6 +74,33 @@ def import_model(model: Any, example_inputs: Any = None, *, dynamic: Dynamic = N
     )
 
 
+def import_like(model: Any, example_inputs: Any, inputs: Sequence[Port]) -> Program:
+    """Import `model` with the dimensions symbolic that are in `inputs`, the ports of an earlier
+    import of it, and the others fixed as there.
+
+    Raises as `import_model` does, also for a model without such inputs.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(model, torch.nn.Module):
+        named = [(p.name, axis, d) for p in inputs for axis, d in enumerate(p.shape)]
+        dynamic: dict[str, dict[int, str]] = {}
+        for name, axis, dim in named:
+            if isinstance(dim, str):
+                dynamic.setdefault(name, {})[axis] = dim
+        return import_model(model, example_inputs, dynamic=dynamic or None).program
+    program = import_model(model).program
+    fixed = {(p.name, axis): d for p in inputs for axis, d in enumerate(p.shape)}
+    return _fixed(
+        program,
+        {
+            (p.name, axis): size
+            for p in program.inputs
+            for axis, dim in enumerate(p.shape)
+            if not isinstance(dim, int) and isinstance(size := fixed.get((p.name, axis)), int)
+        },
+    )
+
+
 def split_examples(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and named arguments of `example_inputs`: a tuple, a list, a dict or one tensor."""
     if isinstance(example_inputs, Mapping):
@@ -101,15 +128,19 @@ def _sized(imported: Imported, example_inputs: Any, dynamic: Dynamic) -> Importe
         for axis, dim in enumerate(p.shape)
         if not isinstance(dim, int) and (p.name, axis) not in kept
     }
+    program = _fixed(program, sizes)
+    return Imported(program, signature.with_ports(program))
+
+
+def _fixed(program: Program, sizes: Mapping[tuple[str, int], int]) -> Program:
     if not sizes:
-        return imported
+        return program
     try:
-        program = fix_dimensions(program, sizes)
+        return fix_dimensions(program, sizes)
     except VerificationError as error:
         raise InputError(
             f"the model is not valid at the sizes of the example inputs ({error}); give others."
         ) from error
-    return Imported(program, signature.with_ports(program))
 
 
 def _kept(signature: Signature, dynamic: Dynamic) -> set[tuple[str, int]]:

@@ -205,7 +205,7 @@ def make_artifact(directory: Path, program: Program | None = None, **changes: An
     code = directory.with_name(f"{directory.name}-code")
     code.mkdir(parents=True)
     contents = Contents(
-        program=program, teacher_hash=program.content_hash(),
+        program=program, teacher=program,
         target=Target("toy", threads=1),
         backend_info=ToyBackend().lower(program, Target("toy"), code),
         signature=Signature.of_program(program), ledger=Ledger(list(ROWS)),

@@ -309,6 +309,62 @@ def test_verify_finds_other_numbers(net: Path, tmp_path: Path):
     assert answer("verify", net, "--against", tmp_path / "other.onnx", code=1)["error"]
 
 
+SYMBOLIC = MLP.replace("float[2,4] x", "float[N,4] x").replace("float[2,3] y", "float[N,3] y")
+MODULE = """
+import torch
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh()), (torch.ones(2, 4),)
+"""
+
+
+def test_verify_imports_a_module_with_the_symbols_that_it_was_compiled_with(tmp_path: Path):
+    (tmp_path / "net.py").write_text(MODULE)
+    reference, out = f"{tmp_path}/net.py:model", tmp_path / "out"
+    compiled = ("compile", reference, "-o", out, "--precision", "fp32")
+    assert run(*compiled, "--dynamic", "batch", "--target", "toy:size.batch=1").exit_code == 0
+    data = answer("verify", out, "--against", reference)
+    assert data["same_teacher"]
+    assert data["max_error"] <= 1e-5
+    assert run(*compiled, "--target", "toy").exit_code == 0
+    assert answer("verify", out, "--against", reference)["same_teacher"]
+
+
+@pytest.mark.parametrize("target", ["toy:size.N=3", "toy"])
+def test_verify_knows_a_model_whose_sizes_were_bound(tmp_path: Path, target: str):
+    Program.from_text(SYMBOLIC).save(tmp_path / "model.onnx")
+    example = None if "size" in target else (np.ones((3, 4), np.float32),)
+    with optcompiler.compile(
+        tmp_path / "model.onnx", example, target=target, registry=registry(None), timing=False
+    ) as compiled:
+        compiled.save(tmp_path / "out")
+    data = answer("verify", tmp_path / "out", "--against", tmp_path / "model.onnx")
+    assert data["same_teacher"]
+    assert data["max_error"] <= 1e-5
+
+
+def test_verify_against_another_size(net: Path, tmp_path: Path):
+    Program.from_text(MLP.replace("[2,", "[5,")).save(tmp_path / "other.onnx")
+    result = run("verify", net, "--against", tmp_path / "other.onnx")
+    assert result.exit_code == 2
+    assert "x: float[5, 4]" in result.stderr
+
+
+def test_verify_against_what_onnx_runtime_cannot_run(tmp_path: Path):
+    text = MLP.replace("[act] y = Relu(s)", "[act] y = GatherElements <axis: int = 0> (s, far)")
+    program = Program.from_text(
+        text.replace("[3] b", "[3] b").replace(
+            "b = {0.5,-1,2}>", "b = {0.5,-1,2}, int64[2,3] far = {9,9,9,9,9,9}>"
+        )
+    )
+    net = make_artifact(tmp_path / "net", program)
+    program.save(tmp_path / "model.onnx")
+    result = run("verify", net, "--against", tmp_path / "model.onnx")
+    assert result.exit_code == 2
+    assert "cannot run it on random inputs" in result.stderr
+
+
 def test_verify_against_another_interface(net: Path, tmp_path: Path):
     Program.from_text(MLP.replace("x", "z")).save(tmp_path / "other.onnx")
     result = run("verify", net, "--against", tmp_path / "other.onnx")

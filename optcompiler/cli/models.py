@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from optcompiler.plugins import Registry
-    from optcompiler.program import Program
+    from optcompiler.program import Port, Program
 
 
 def dynamic_axes(
@@ -48,10 +48,16 @@ def model_of(reference: str, registry: Registry) -> tuple[Any, Any]:
     return model, example_inputs
 
 
-def program_of(reference: str) -> Program:
-    """The program that a model reference names, imported as a compile would."""
-    from optcompiler.frontend import import_model
+def program_of(reference: str, like: Sequence[Port] | None = None) -> Program:
+    """The program that a model reference names, imported as a compile would.
+
+    `like`: the inputs that an earlier import of it had, to get symbolic and fixed dimensions as
+    there.
+    """
+    from optcompiler.frontend import import_like, import_model
     from optcompiler.sources import model_from_reference
 
     model, example_inputs = model_from_reference(reference)
+    if like is not None:
+        return import_like(model, example_inputs, like)
     return import_model(model, example_inputs).program

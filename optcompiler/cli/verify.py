@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from optcompiler.compiled import Compiled
     from optcompiler.plugins import Registry
-    from optcompiler.program import Program
+    from optcompiler.program import Port, Program
 
 EXACT_TOLERANCE = 1e-3
 LOSSY_TOLERANCE = 0.1
@@ -58,11 +59,11 @@ def verify(
     if against is None:
         write(data, lambda: _parts(data), as_json=as_json)
         return
-    program = program_of(against)
+    program = program_of(against, like=opened.teacher_inputs)
     lossy = any(not row.exact for row in opened.ledger.with_outcome("taken"))
     limit = tolerance if tolerance is not None else LOSSY_TOLERANCE if lossy else EXACT_TOLERANCE
     with load(artifact, registry=registry()) as compiled:
-        errors = _errors(compiled, program, range(seed, seed + samples), size)
+        errors = _errors(compiled, program, against, range(seed, seed + samples), size)
     worst = max(errors.values(), default=0.0)
     data |= {
         "against": against,
@@ -83,16 +84,18 @@ def verify(
 
 
 def _errors(
-    compiled: Compiled, program: Program, seeds: Iterable[int], size: int
+    compiled: Compiled, program: Program, against: str, seeds: Iterable[int], size: int
 ) -> dict[str, float]:
     """Largest error of each output over all seeds, as a share of the largest expected magnitude."""
     from optcompiler.errors import InputError
     from optcompiler.synthesis import random_batch
 
     names = [p.name for p in program.outputs]
-    if _interface(program.inputs) != _interface(compiled.inputs) or names != [
-        p.name for p in compiled.outputs
-    ]:
+    fits = len(program.inputs) == len(compiled.inputs) and all(
+        _takes(model, artifact)
+        for model, artifact in zip(program.inputs, compiled.inputs, strict=True)
+    )
+    if not fits or names != [p.name for p in compiled.outputs]:
         raise InputError(
             f"the artifact has inputs {_ports(compiled.inputs)} and outputs "
             f"{_ports(compiled.outputs)}, the model {_ports(program.inputs)} and "
@@ -101,16 +104,33 @@ def _errors(
     onnxruntime: Any = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        program.to_proto().SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
     worst = dict.fromkeys(names, 0.0)
+    with _telling(against):
+        session = onnxruntime.InferenceSession(
+            program.to_proto().SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
     for seed in seeds:
         inputs = random_batch(compiled.inputs, seed=seed, dynamic=size)
-        expected: Sequence[Any] = session.run(names, inputs)
+        with _telling(against):
+            expected: Sequence[Any] = session.run(names, inputs)
         for name, want, got in zip(names, expected, compiled.run(inputs), strict=True):
             worst[name] = max(worst[name], _error(want, got))
     return worst
+
+
+@contextlib.contextmanager
+def _telling(against: str) -> Generator[None]:
+    """Faults of stock ONNX Runtime, whose exceptions have no base of their own, as `InputError`."""
+    from optcompiler.errors import InputError
+    from optcompiler.reading import one_line
+
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"{against}: stock ONNX Runtime, whose outputs are compared with, cannot run it on "
+            f"random inputs ({one_line(error)}); verify without --against."
+        ) from error
 
 
 def _error(want: np.ndarray, got: np.ndarray) -> float:
@@ -130,8 +150,14 @@ def _error(want: np.ndarray, got: np.ndarray) -> float:
     return difference / (largest or 1.0)
 
 
-def _interface(ports: Sequence[Any]) -> list[tuple[str, str, int]]:
-    return [(p.name, p.dtype, len(p.shape)) for p in ports]
+def _takes(model: Port, artifact: Port) -> bool:
+    """Whether the model takes what the artifact takes."""
+    return (model.name, model.dtype, len(model.shape)) == (
+        artifact.name, artifact.dtype, len(artifact.shape)
+    ) and all(
+        a == b or isinstance(a, str) or isinstance(b, str)
+        for a, b in zip(model.shape, artifact.shape, strict=True)
+    )  # fmt: skip
 
 
 def _ports(ports: Sequence[Any]) -> str:
