@@ -8,7 +8,7 @@ unsigned, as `vpdpbusd` wants. Expressions that vectors cannot compute move to l
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,15 +37,11 @@ from optcompiler.lowering.ir import (
     row_major,
     walk,
 )
+from optcompiler_cpu.depthwise import is_direct
+from optcompiler_cpu.depthwise_bytes import tail_of
 from optcompiler_cpu.expressions import vectorisable
+from optcompiler_cpu.halo import Halo
 from optcompiler_cpu.isa import Isa
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Halo(Step):
-    """Fills the border of `out`, [N, C, H, W] channels-last, with the epilogue's constant."""
-
-    pads: tuple[int, int, int, int]
 
 
 def legalize(lowered: Lowered, isa: Isa) -> None:
@@ -54,6 +50,40 @@ def legalize(lowered: Lowered, isa: Isa) -> None:
     _unsigned(lowered)
     _room_to_read(lowered, isa)
     _halos(lowered)
+    _tails(lowered, isa)
+
+
+def _tails(lowered: Lowered, isa: Isa) -> None:
+    """Depthwise convolutions of bytes whose last channels would fill half a vector or less: two."""
+    steps: list[Step] = []
+    for step in lowered.steps:
+        tail = tail_of(step, isa) if isinstance(step, Conv) and is_direct(step) else 0
+        if isinstance(step, Conv) and tail:
+            whole = step.out.shape[1] - tail
+            steps.append(_channels(step, 0, whole))
+            step = replace(_channels(step, whole, tail), name=f"{step.name}_tail")
+        steps.append(step)
+    lowered.steps = steps
+
+
+def _channels(step: Conv, first: int, count: int) -> Conv:
+    """The depthwise convolution of some channels alone."""
+    last = first + count
+
+    def parameters(operand: Operand, axis: int) -> Operand:
+        q = operand.quantization
+        if q is not None and axis == 0 and q.scale.ndim:
+            q = Quantization(q.scale[first:last], q.zero_point[first:last])
+        return Operand(operand.view.slice(axis, first, count), q)
+
+    def part(view: View) -> View:
+        return view.slice(1, first, count)
+
+    return replace(
+        step, out=part(step.out), epilogue=map_views(step.epilogue, part), groups=count,
+        a=parameters(step.a, 1), b=parameters(step.b, 0),
+        bias=None if step.bias is None else step.bias[first:last],
+    )  # fmt: skip
 
 
 def _vectors(lowered: Lowered) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from optcompiler.lowering.ir import Const, CumSum, Gather, Loop, View
+from optcompiler.lowering.ir import CumSum, Gather, Loop, View
 from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
 from optcompiler_cpu.expressions import Place, VectorPrinter, vectorisable
 from optcompiler_cpu.isa import Isa
-from optcompiler_cpu.legalize import Halo
 from optcompiler_cpu.nest import (
     SERIAL_ELEMENTS,
     Nest,
@@ -20,7 +19,7 @@ from optcompiler_cpu.nest import (
     placer,
     vector_loop,
 )
-from optcompiler_cpu.scalars import ScalarPrinter, c_type, loaded, stored, stored_type
+from optcompiler_cpu.scalars import ScalarPrinter, c_type, loaded, stored
 
 HEADER = "void @(int part, int parts, char *const *q, char *scratch)"
 
@@ -208,45 +207,3 @@ def print_cumsum(step: CumSum, isa: Isa) -> KernelCode:
         "}",
     ]
     return function(pointers, outer_loops(nest, [axis], lines, False), False)
-
-
-def print_halo(step: Halo, isa: Isa) -> KernelCode:
-    """Rows above and below in one run each, and the two sides of every row."""
-    n, c, h, w = step.out.shape
-    top, left, bottom, right = step.pads
-    pointers = Pointers()
-    out = pointers.view(step.out, written=True)
-    ctype = stored_type(step.out.dtype)
-    assert isinstance(step.epilogue, Const)
-    params = pointers.params
-    value = f"({ctype}){params.add(float(step.epilogue.value))}"
-    row = w * c
-    runs = [
-        (f"{out} + i * {h * row}L", top * row),
-        (f"{out} + i * {h * row}L + {(h - bottom) * row}L", bottom * row),
-    ]
-    sides = [
-        (f"{out} + (i * {h} + y) * {row}L", left * c),
-        (f"{out} + (i * {h} + y) * {row}L + {(w - right) * c}L", right * c),
-    ]
-
-    def fill(at: str, count: int) -> list[str]:
-        if not count:
-            return []
-        return [
-            "{",
-            f"  {ctype} *o = {at};",
-            f"  for (long k = 0; k < {count}; ++k) o[k] = value;",
-            "}",
-        ]
-
-    lines = [
-        f"const {ctype} value = {value};",
-        f"for (long i = 0; i < {n}; ++i) {{",
-        *(f"  {x}" for run in runs for x in fill(*run)),
-        f"  for (long y = {top}; y < {h - bottom}; ++y) {{",
-        *(f"    {x}" for side in sides for x in fill(*side)),
-        "  }",
-        "}",
-    ]
-    return function(pointers, lines, False)

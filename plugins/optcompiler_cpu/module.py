@@ -32,11 +32,12 @@ from optcompiler.lowering.ir import (
 from optcompiler_cpu.code import KernelCode, Pointer
 from optcompiler_cpu.contraction import prepared, print_contraction, print_tile, tile_name
 from optcompiler_cpu.depthwise import is_direct, print_depthwise
+from optcompiler_cpu.depthwise_bytes import is_bytes, print_depthwise_bytes
 from optcompiler_cpu.dynamic import print_dynamic
+from optcompiler_cpu.halo import Halo, print_halo
 from optcompiler_cpu.indexed import print_scatter, print_top_k
 from optcompiler_cpu.isa import Isa
-from optcompiler_cpu.legalize import Halo
-from optcompiler_cpu.loops import print_cumsum, print_gather, print_halo, print_loop
+from optcompiler_cpu.loops import print_cumsum, print_gather, print_loop
 from optcompiler_cpu.rows import (
     print_normalization,
     print_pooling,
@@ -64,7 +65,9 @@ UNIT_BYTES = 40_000
 
 def _contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
     if isinstance(step, Conv) and is_direct(step):
-        return print_depthwise(step, isa)
+        return (
+            print_depthwise_bytes(step, isa) if is_bytes(step, isa) else print_depthwise(step, isa)
+        )
     if isinstance(step, Conv) and is_winograd(step, isa):
         return print_winograd(step, isa)
     if isinstance(step, MatMul) and not prepared(step):

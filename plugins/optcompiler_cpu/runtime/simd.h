@@ -99,6 +99,32 @@ INLINE vf vf_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
   }
 OC_PACKED(vi_to_u8s, _mm512_packus_epi16)
 OC_PACKED(vi_to_s8s, _mm512_packs_epi16)
+INLINE vi vi_dots(vi c, vi bytes, vi w) { return _mm512_dpbusd_epi32(c, bytes, w); }
+#define OC_LIVE(n) ((n) == 64 ? ~0ull : (1ull << (n)) - 1)
+/* the first `live` of 64 bytes at four places as lanes of four; vector q has 16 l + 4 q + (0 to 3), l from 0 to 3 */
+INLINE void vi_unpack(const uint8_t *p, const uint8_t *q, const uint8_t *r, const uint8_t *s, int live, vi *x0, vi *x1,
+                      vi *x2, vi *x3) {
+  const __mmask64 m = OC_LIVE(live);
+  const __m512i a = _mm512_maskz_loadu_epi8(m, p), b = _mm512_maskz_loadu_epi8(m, q);
+  const __m512i c = _mm512_maskz_loadu_epi8(m, r), d = _mm512_maskz_loadu_epi8(m, s);
+  const __m512i low = _mm512_unpacklo_epi8(a, b), high = _mm512_unpackhi_epi8(a, b);
+  const __m512i below = _mm512_unpacklo_epi8(c, d), above = _mm512_unpackhi_epi8(c, d);
+  *x0 = _mm512_unpacklo_epi16(low, below);
+  *x1 = _mm512_unpackhi_epi16(low, below);
+  *x2 = _mm512_unpacklo_epi16(high, above);
+  *x3 = _mm512_unpackhi_epi16(high, above);
+}
+/* vectors in that order plus `zero`, saturated, as the first `live` of 64 bytes */
+#define OC_LANES(name, pack)                                                               \
+  INLINE void name(void *p, vi a, vi b, vi c, vi d, int live, int zero) {                  \
+    const __m512i z = _mm512_set1_epi16((short)zero);                                      \
+    const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), z);                     \
+    const __m512i bytes = pack(ab, _mm512_adds_epi16(_mm512_packs_epi32(c, d), z));        \
+    if (live == 64) _mm512_storeu_si512(p, bytes);                                         \
+    else _mm512_mask_storeu_epi8(p, OC_LIVE(live), bytes);                                 \
+  }
+OC_LANES(vi_lanes_to_u8, _mm512_packus_epi16)
+OC_LANES(vi_lanes_to_s8, _mm512_packs_epi16)
 /* bytes of `count` planes (2 to 4) as pixels: a[0] b[0] ... a[1] b[1] ..., the first n pixels */
 INLINE void vi_weave(void *p, vi a, vi b, vi c, vi d, int count, int n) {
   const __m512i low = _mm512_set1_epi32(255);
