@@ -23,10 +23,17 @@ from optcompiler.reading import graphs_of, one_line, own_tensor, quiet, read_mod
 MINIMUM_OPSET = 20
 """The default operator set is upgraded to this version where the converters can."""
 
+POOLING_OPSET = 22
+"""From here on inference leaves out a pooling window that would start in the padding at the end, as
+runtimes do at every version; before, it counts one too many."""
+
 MINIMUM_IR_VERSION = 10
 """First IR version with metadata on nodes and 4-bit integers."""
 
 _NO_MODULE = "_empty_nn_module_stack"
+_POOLINGS = ("AveragePool", "LpPool", "MaxPool")
+
+Notes = Mapping[str, tuple[ir.TypeProtocol | None, ir.Shape | None]]
 
 
 def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Program:
@@ -35,8 +42,9 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     Functions of foreign domains are inlined, constants become initializers, unnamed or twice named
     nodes and values get unique names (unique ones keep theirs, whatever characters they hold), an
     output that is an input, a constant or another output gets an Identity of its own, the
-    operator set is upgraded to `MINIMUM_OPSET` where the converters can, and shapes are inferred
-    strictly. Weights in external data stay memory-mapped, small ones aside.
+    operator set is upgraded to `MINIMUM_OPSET` where the converters can (to `POOLING_OPSET` for a
+    pooling that older inference has a wrong shape for), and shapes are inferred strictly. Weights
+    in external data stay memory-mapped, small ones aside.
 
     Raises `InputError` naming the file for one that is missing, empty, truncated or not ONNX, for
     external data outside the model's directory, for NaN or infinite weights, for inputs or outputs
@@ -49,7 +57,11 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     _check_ports("input", model.graph.inputs, label)
     _state_defaults(model)
     refuse_growing_shapes(model, label)
-    program = Program(_at_minimum_opset(model))
+    opset = _needed_opset(model)
+    if opset > MINIMUM_OPSET and _holds_before_upgrade(model, notes):
+        notes = {}
+        _open_outputs(model)
+    program = Program(_at_opset(model, opset))
     _name_everything(program.model)
     _keep_source_paths(program.model)
     _set_ir_version(program.model)
@@ -66,7 +78,7 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     return program
 
 
-def _notes(model: ir.Model) -> dict[str, tuple[ir.TypeProtocol | None, ir.Shape | None]]:
+def _notes(model: ir.Model) -> Notes:
     """What a file says of the values between its nodes."""
     return {
         value.name: (value.type, value.shape)
@@ -76,11 +88,7 @@ def _notes(model: ir.Model) -> dict[str, tuple[ir.TypeProtocol | None, ir.Shape 
     }
 
 
-def _check_notes(
-    program: Program,
-    notes: Mapping[str, tuple[ir.TypeProtocol | None, ir.Shape | None]],
-    label: str,
-) -> None:
+def _check_notes(program: Program, notes: Notes, label: str) -> None:
     """Refuse a file that says of a value what inference contradicts."""
     for node in program.graph:
         for value in node.outputs:
@@ -210,9 +218,53 @@ def _state_defaults(model: ir.Model) -> None:
                 node.attributes.add(ir.serde.deserialize_attribute(attribute.default_value))
 
 
-def _at_minimum_opset(model: ir.Model) -> ir.Model:
-    """`model` at `MINIMUM_OPSET` or later; as it is where the converters cannot take it there."""
-    if model.graph.opset_imports[""] >= MINIMUM_OPSET or model.functions:
+def _needed_opset(model: ir.Model) -> int:
+    late = any(_may_start_in_padding(n) for n in model.graph.all_nodes())
+    return POOLING_OPSET if late else MINIMUM_OPSET
+
+
+def _may_start_in_padding(node: ir.Node) -> bool:
+    """Whether, at some size of the input, a last window would start in the padding at the end."""
+    if node.domain or node.op_type not in _POOLINGS:
+        return False
+    given = node.attributes
+    try:
+        rounded_up = given.get_int("ceil_mode", 0) and given.get_string("auto_pad", "NOTSET")
+        kernel = given.get_ints("kernel_shape", ())
+        ones = [1] * len(kernel)
+        ends = given.get_ints("pads", [0] * 2 * len(kernel))[len(kernel) :]
+        strides, gaps = given.get_ints("strides", ones), given.get_ints("dilations", ones)
+    except TypeError:  # an attribute of another type, of which the checker tells
+        return False
+    if rounded_up != "NOTSET":
+        return False
+    return any(
+        stride + end > (taps - 1) * gap + 1
+        for stride, end, taps, gap in zip(strides, ends, kernel, gaps, strict=False)
+    )
+
+
+def _holds_before_upgrade(model: ir.Model, notes: Notes) -> bool:
+    """Whether the shapes that a file states are those that inference finds at the file's version:
+    the wrong ones, if any are."""
+    program = Program(model.clone())
+    try:
+        program.infer_shapes()
+        _check_notes(program, notes, "")
+    except (VerificationError, InputError):
+        return False
+    return True
+
+
+def _open_outputs(model: ir.Model) -> None:
+    for value in model.graph.outputs:
+        if value.shape is not None:
+            value.shape = ir.Shape(None if isinstance(d, int) else d for d in value.shape)
+
+
+def _at_opset(model: ir.Model, opset: int) -> ir.Model:
+    """`model` at `opset` or later; as it is where the converters cannot take it there."""
+    if model.graph.opset_imports[""] >= opset or model.functions:
         return model
     from onnxscript import version_converter
 
@@ -220,10 +272,13 @@ def _at_minimum_opset(model: ir.Model) -> ir.Model:
     try:
         with quiet():
             _align_slopes(converted)
-            version_converter.convert_version(converted, MINIMUM_OPSET, fallback=True)
+            version_converter.convert_version(converted, opset, fallback=True)
         for node in converted.graph.all_nodes():
             node.version = None
-        if converted.graph.opset_imports[""] < MINIMUM_OPSET:
+        # one of the converters states what inference finds at the old version
+        for value, stated in zip(converted.graph.outputs, model.graph.outputs, strict=True):
+            value.shape = stated.shape
+        if converted.graph.opset_imports[""] < opset:
             return model
         _fill_value_names(converted)
         ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(converted)

@@ -470,3 +470,11 @@ def test_state_between_calls_is_refused_unless_nothing_depends_on_it():
     module = Stateful(False)
     same(call(import_model(module, (torch.ones(2),)), torch.ones(2)), torch.ones(2) + 1)
     assert module.seen == 0
+
+
+@pytest.mark.parametrize("kind", [nn.MaxPool2d, nn.AvgPool2d])
+def test_a_window_of_ceil_mode_that_would_start_in_the_padding_is_none(kind):
+    module, x = nn.Sequential(kind(2, 3, 1, ceil_mode=True), nn.ReLU()), torch.randn(1, 2, 7, 7)
+    imported = import_model(module, (x,))
+    same(call(imported, x), module(x))
+    same(imported.program.to_torch()(x)[0], module(x))

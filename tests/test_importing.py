@@ -7,9 +7,12 @@ import os
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper, parser
 
+from optcompiler.binding import bind
 from optcompiler.errors import InputError
 from optcompiler.importing import program_from_onnx, source_path
 from optcompiler.program import PASS_KEY, SOURCE_KEY, Program
@@ -411,3 +414,56 @@ def test_slopes_of_prelu_before_opset_7_keep_to_the_channels():
     )
     [got] = run_onnx(program, {"x": np.full((1, 3, 2, 2), -1, np.float32)})
     np.testing.assert_array_equal(got[0, :, 0, 0], [-1, -2, -3])
+
+
+POOLS = """
+<ir_version: 7, opset_import: ["" : {opset}]>
+g (float[1, 2, {high}, 22] x) => (float[{y}] y)
+<{noted}>
+{{
+    p = MaxPool <kernel_shape = [2, 2], strides = [3, 3], pads = [1, 1, 1, 1], ceil_mode = 1> (x)
+    r = Relu (p)
+    y = AveragePool <kernel_shape = [3, 2], strides = [2, 2], pads = [1, 0, 1, 1], ceil_mode = 1>
+        (r)
+}}
+"""
+
+
+@pytest.mark.parametrize("opset", [11, 18, 20, 22])
+@pytest.mark.parametrize(
+    ("y", "noted"),
+    [
+        ("1, 2, h, w", ""),
+        ("1, 2, 5, 4", "float[1, 2, 9, 8] p"),
+        ("1, 2, 6, 5", "float[1, 2, 9, 9] p"),
+    ],
+    ids=["unstated", "right", "as older inference has it"],
+)
+def test_a_window_that_would_start_in_the_padding_is_none(opset: int, y: str, noted: str):
+    text = POOLS.format(opset=opset, y=y, noted=noted, high=25)
+    if opset == 22 and noted.endswith("9] p"):
+        with pytest.raises(InputError, match="fix the model"):
+            Program.from_text(text)
+        return
+    program = Program.from_text(text)
+    assert program.outputs[0].shape == (1, 2, 5, 4)
+    x = np.random.default_rng(0).standard_normal((1, 2, 25, 22)).astype(np.float32)
+    session = onnxruntime.InferenceSession(parser.parse_model(text).SerializeToString())
+    expected = session.run(None, {"x": x})
+    np.testing.assert_allclose(run_onnx(program, {"x": x})[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(program.to_torch()(torch.tensor(x))[0], expected[0], rtol=1e-6)
+
+
+def test_a_pooling_of_unknown_size_gets_the_right_one_when_it_is_bound():
+    program = Program.from_text(POOLS.format(opset=18, y="1, 2, h, w", noted="", high="H"))
+    assert bind(program, {"H": 25}).outputs[0].shape == (1, 2, 5, 4)
+
+
+def test_a_pooling_whose_windows_all_start_inside_keeps_the_version():
+    text = POOLS.format(opset=18, y="1, 2, h, w", noted="", high=25)
+    for old, new in (
+        ("strides = [3, 3]", "strides = [1, 1]"),
+        ("pads = [1, 0, 1, 1]", "pads = [1, 1, 1, 0]"),
+    ):
+        text = text.replace(old, new)
+    assert Program.from_text(text).opset == 20

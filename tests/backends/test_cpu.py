@@ -361,6 +361,18 @@ def test_integer_programs_agree_and_are_equal_on_every_isa(name: str, tmp_path: 
                 np.testing.assert_array_equal(a, b)
 
 
+def test_windows_that_would_start_in_the_padding_are_left_out(tmp_path: Path) -> None:
+    source = program("""(float[1, 2, 9, 10] x) => (float[1, 2, H, W] y, float[1, 2, 4, 4] z) {
+        y = AveragePool<kernel_shape = [3, 2], pads = [1, 0, 1, 1], strides = [2, 2],
+            ceil_mode = 1, count_include_pad = 0>(x)
+        z = MaxPool<kernel_shape = [2, 2], pads = [1, 1, 1, 1], strides = [3, 3], ceil_mode = 1>(x)
+    }""")
+    inputs = random_inputs(source)
+    expected = run_onnx(source, inputs)
+    assert [v.shape for v in expected] == [(1, 2, 5, 5), (1, 2, 4, 4)]
+    assert_close(compiled(source, tmp_path, HERE[-1], inputs), expected)
+
+
 @pytest.mark.parametrize("isa", HERE)
 def test_functions_are_accurate_and_pass_on_what_is_not_finite(isa: str, tmp_path: Path) -> None:
     names = ("Exp", "Log", "Tanh", "Erf", "Sigmoid")
