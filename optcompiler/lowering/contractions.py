@@ -36,7 +36,7 @@ from optcompiler.lowering.windows import convolve, window_pads
 
 INTEGERS = frozenset({"UINT8", "INT8"})
 FLOATS = SMALL | {"FLOAT"}
-"""Types whose products are computed in float32."""
+"""Types whose products are summed in float32."""
 
 
 def quantised(expr: Expr, channel_axis: int | None) -> Operand | None:
@@ -98,7 +98,7 @@ def operands(
 
 def float_operand(low: Lowering, node: ir.Node, value: ir.Value, permute: bool = False) -> Operand:
     array = low.array(value)
-    if low.flat.dtype(value) in SMALL:
+    if low.flat.dtype(value) in SMALL - low.narrow:
         if array is not None:
             view = low.constant(array.astype(np.float32), value.name or "")
         else:

@@ -54,9 +54,11 @@ class Lowering(Builder):
         values: bool,
         decompositions: Mapping[str, Decomposition],
         computed_integers: bool = False,
+        narrow: frozenset[str] = frozenset(),
     ) -> None:
         self.rules = rules
         self.computed_integers = computed_integers
+        self.narrow = narrow
         super().__init__(flatten(program, values, self.has_rule, decompositions))
         self.done: set[ir.Node] = set()
 

@@ -292,7 +292,8 @@ class MatMul(Step):
     operands are quantised the sum is INT32 over `a - zero_point_a` and `b - zero_point_b` (zero
     where `b` is constant), and `bias` is INT32 in units of `scale_a * scale_b[n]`; else `bias` is
     FLOAT. `bias` is an array of shape [N] or None; a bias that is not constant is part of the
-    epilogue. The elements of a row of `a` are adjacent (stride 1 along K).
+    epilogue. The elements of a row of `a` are adjacent (stride 1 along K). Operands are of one
+    type, whose products are summed in FLOAT: FLOAT, or one that the printer asked for (`narrow`).
     """
 
     a: Operand
@@ -377,7 +378,8 @@ class Normalization(Step):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pooling(Step):
-    """`op` "max" or "mean" over windows of `source`, [N, C, H, W], FLOAT, UINT8 or INT8.
+    """`op` "max" or "mean" over windows of `source`, [N, C, H, W], FLOAT, UINT8 or INT8, or for
+    "max" a type that the printer asked for (`narrow`).
 
     The accumulator of "max" has the type of `source`, that of "mean" is FLOAT and counts padded
     elements as zeros when `count_padding`, else leaves them out. `quantization` says what integers

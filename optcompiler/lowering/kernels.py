@@ -68,16 +68,14 @@ def _work(step: Step) -> tuple[str, str, int, tuple[int, ...]]:
             m, k = step.a.view.shape[-2:]
             n = step.b.view.shape[-1]
             batch = product(step.out.shape[:-2])
-            integer = step.a.quantization is not None and step.b.quantization is not None
-            return "gemm", "int8" if integer else "fp32", batch * m * n * k, (batch, m, n, k)
+            return "gemm", _multiplied(step), batch * m * n * k, (batch, m, n, k)
         case Conv():
             n, c, h, w = step.a.view.shape
             oc, group, kh, kw = step.b.view.shape
             oh, ow = step.out.shape[2:]
             macs = step.out.elements * group * kh * kw
             kind = "depthwise" if step.depthwise else "conv"
-            dtype = "int8" if step.a.quantization is not None else "fp32"
-            return kind, dtype, macs, (n, c, h, w, oc, kh, kw, oh, ow, step.groups)
+            return kind, _multiplied(step), macs, (n, c, h, w, oc, kh, kw, oh, ow, step.groups)
         case Pooling():
             return "pooling", _arithmetic(step), 0, (*step.source.shape, *step.kernel)
         case Softmax():
@@ -93,6 +91,12 @@ def _work(step: Step) -> tuple[str, str, int, tuple[int, ...]]:
             return "movement", _arithmetic(step), 0, step.out.shape
         case _:
             return "other", _arithmetic(step), 0, step.out.shape
+
+
+def _multiplied(step: Conv | MatMul) -> str:
+    if step.a.quantization is not None and step.b.quantization is not None:
+        return "int8"
+    return "bf16" if step.a.view.dtype == "BFLOAT16" else "fp32"
 
 
 def _arithmetic(step: Step) -> str:

@@ -18,8 +18,9 @@ RULES = {**LAYOUT, **CONTRACTIONS, **REDUCTIONS, **COMPOSITES, **INDEXED}
 
 
 def lower(
-    program: Program, *, plan: bool = True, values: bool = True, computed_integers: bool = False
-) -> Lowered:
+    program: Program, *, plan: bool = True, values: bool = True, computed_integers: bool = False,
+    narrow: frozenset[str] = frozenset(),
+) -> Lowered:  # fmt: skip
     """Lower a program of static shapes.
 
     Pointwise operators that follow a contraction, reduction, pooling or another pointwise one are
@@ -28,11 +29,13 @@ def lower(
     Images are stored channels-last between steps. With `plan` False the arena is left to the caller
     (`arena.plan`), who may change steps first. With `values` False weights that need computing are
     left out: for `kernels_of` alone. With `computed_integers` a product of two quantised results,
-    the second of them symmetric, sums integers; else only one with quantised weights does.
+    the second of them symmetric, sums integers; else only one with quantised weights does. `narrow`
+    names types of less than 32 bits whose contractions keep operands of that type ("BFLOAT16");
+    operands of others are widened to FLOAT in memory first.
 
     Raises `InputError` for dynamic shapes and `UnsupportedOperatorError` naming operator and node.
     """
-    lowering = Lowering(program, RULES, values, DECOMPOSITIONS, computed_integers)
+    lowering = Lowering(program, RULES, values, DECOMPOSITIONS, computed_integers, narrow)
     lowered = lowering.run()
     if plan:
         arena.plan(lowered)

@@ -146,7 +146,8 @@ def lower_pool(low: Lowering, node: ir.Node) -> None:
     shape = low.shape(out)
     rank = len(shape) - 2
     indices = any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
-    kinds = {"FLOAT"} if node.op_type == "AveragePool" else {"FLOAT", "UINT8", "INT8"}
+    narrow = {"UINT8", "INT8"} | low.narrow
+    kinds = {"FLOAT"} if node.op_type == "AveragePool" else {"FLOAT"} | narrow
     if node.op_type == "LpPool" or rank not in (1, 2) or indices or x.dtype is None or (
         x.dtype.name not in kinds
     ):  # fmt: skip

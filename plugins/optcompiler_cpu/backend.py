@@ -31,6 +31,9 @@ from optcompiler_cpu.toolchain import (
 )
 from optcompiler_cpu.winograd import is_winograd, multiplications
 
+NARROW = frozenset({"BFLOAT16"})
+"""What products are made of without being widened in memory."""
+
 OPTIONS = {"isa": ("native", *ISAS), "weights": ("file", "embedded")}
 
 
@@ -38,7 +41,7 @@ def emit(
     program: Program, isa: Isa, name: str = DEFAULT, *, embedded: bool = False
 ) -> tuple[Lowered, Module]:
     """The program in the form that is printed, and the text and weights of its artifact."""
-    lowered = lower(program, plan=False, computed_integers=True)
+    lowered = lower(program, plan=False, computed_integers=True, narrow=NARROW)
     legalize(lowered, isa)
     plan(lowered)
     return lowered, print_module(lowered, isa, name, embedded=embedded)
@@ -62,8 +65,9 @@ def checked_options(target: Target) -> Mapping[str, str]:
 class CpuBackend(Backend):
     """Writes C11 with GCC's intrinsics and compiles it with `CC`, `CFLAGS` and `LDFLAGS`.
 
-    Option `isa`: "amx_int8", "avx512_vnni", "avx2", "portable", or "native" (the default: the best
-    that the compiler's machine has). Integer arithmetic gives the same numbers on each. Option
+    Option `isa`: "amx_int8", "avx512_bf16", "avx512_vnni", "avx2", "portable", or "native" (the
+    default: the best that the compiler's machine has). Integer arithmetic gives the same numbers on
+    each; bfloat16 is offered as a precision where there are instructions for it. Option
     `weights`: "file" (the default: beside the library, mapped) or "embedded" (in the library). The
     target's `name` begins the names of files and symbols.
     """
@@ -91,9 +95,9 @@ class CpuBackend(Backend):
         return None if self.runs_here(target) else nominal_profile(self.name, target.threads)
 
     def capabilities(self, target: Target) -> Capabilities:
-        checked_options(target)
+        isa = pick_isa(checked_options(target))
         return Capabilities(
-            precisions=frozenset({"fp32", "int8"}),
+            precisions=frozenset({"fp32", "int8", *(("bf16",) if isa.multiplies_bf16 else ())}),
             integer_ops=frozenset(
                 {"Conv", "MatMul", "Gemm", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"}
             ),
@@ -105,7 +109,7 @@ class CpuBackend(Backend):
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
         isa = pick_isa(target.options)
-        lowered = lower(program, plan=False, values=False, computed_integers=True)
+        lowered = lower(program, plan=False, values=False, computed_integers=True, narrow=NARROW)
         return [_as_printed(step, kernel_of(step), isa) for step in lowered.steps]
 
     def lower(

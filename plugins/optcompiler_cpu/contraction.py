@@ -12,6 +12,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from optcompiler.lowering.build import view_array
 from optcompiler.lowering.ir import Conv, MatMul, View, loads, product
@@ -21,8 +22,31 @@ from optcompiler_cpu.expressions import Place, VectorPrinter
 from optcompiler_cpu.isa import Isa, Tiling
 from optcompiler_cpu.loops import HEADER
 
-TYPES = {"u8": ("uint8_t", "int8_t", "int32_t"), "f32": ("float", "float", "float")}
-"""By kind of tile, the C types of an element, a weight and a sum."""
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of register tile: C types of an activation, a weight and a sum, the prefix of vectors
+    of sums, how many elements of K lie side by side in a panel, and the type weights have there.
+
+    The length of a `ragged` tile's runs counts elements and not steps: what is left over is
+    multiplied without reading on, since not every bit pattern times zero is zero.
+    """
+
+    item: str
+    weight: str
+    total: str
+    vector: str
+    step: int
+    dtype: np.dtype
+    ragged: bool = False
+
+
+KINDS = {
+    "f32": Kind("float", "float", "float", "vf", 1, np.dtype(np.float32)),
+    "bf16": Kind("uint16_t", "uint16_t", "float", "vf", 2, np.dtype(bfloat16), ragged=True),
+    "u8": Kind("uint8_t", "int8_t", "int32_t", "vi", 4, np.dtype(np.int8)),
+    AMX: Kind("uint8_t", "int8_t", "int32_t", "vi", 4, np.dtype(np.int8)),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +67,7 @@ class Shape:
     """A contraction as the kernel sees it.
 
     Row `m` splits into coordinates of `dims`; `a_strides` gives its address. K is `outer` x `inner`
-    runs of `length` elements, `outer_stride` and `inner_stride` apart.
+    runs of `length` elements, `outer_stride` and `inner_stride` apart. `dtype` is their type.
     """
 
     dims: tuple[int, ...]
@@ -57,8 +81,12 @@ class Shape:
     n: int
     groups: int
     group_stride: int
-    integer: bool
+    dtype: str
     groups_of_rows: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def integer(self) -> bool:
+        return self.dtype in {"UINT8", "INT8"}
 
     def merged(self, strides: tuple[int, ...]) -> tuple[int, ...]:
         """Strides along the joined row coordinates; see `merge_rows`."""
@@ -85,14 +113,14 @@ def tile_rows(rows: int, vectors: int, tiling: Tiling) -> int:
     return -(-rows // -(-rows // tiling.heights[vectors]))
 
 
-def pack(matrix: np.ndarray, blocks: list[tuple[int, int]], isa: Isa, integer: bool) -> np.ndarray:
-    """[K, N] as panels: float `[K][width]`, integer `[K / 4][width][4]`; zeros fill up."""
+def pack(matrix: np.ndarray, blocks: list[tuple[int, int]], isa: Isa, kind: Kind) -> np.ndarray:
+    """[K, N] as panels `[K / step][width][step]`; zeros fill up."""
     k, n = matrix.shape
-    step = 4 if integer else 1
+    step = kind.step
     parts: list[np.ndarray] = []
     for start, vectors in blocks:
         width = vectors * isa.lanes
-        panel = np.zeros((k, width), np.int8 if integer else np.float32)
+        panel = np.zeros((k, width), kind.dtype)
         stop = min(n, start + width)
         panel[:, : stop - start] = matrix[:, start:stop]
         parts.append(panel.reshape(k // step, step, width).swapaxes(1, 2).reshape(-1))
@@ -105,7 +133,6 @@ def conv_shape(step: Conv) -> Shape:
     _, oc, oh, ow = step.out.shape
     _, group, kh, kw = step.b.view.shape
     sn, sc, sh, sw = step.a.view.strides
-    integer = step.a.quantization is not None
     merged = step.groups == 1 and step.dilations[1] == 1 and (sw == c or kw == 1)
     return Shape(
         dims=(n, oh, ow),
@@ -119,7 +146,7 @@ def conv_shape(step: Conv) -> Shape:
         n=oc // step.groups,
         groups=step.groups,
         group_stride=group * (sc or 1),
-        integer=integer,
+        dtype=step.a.view.dtype,
     )
 
 
@@ -151,7 +178,7 @@ def matmul_shape(step: MatMul) -> Shape:
         n=step.out.shape[-1],
         groups=1,
         group_stride=0,
-        integer=step.a.quantization is not None,
+        dtype=step.a.view.dtype,
     )  # fmt: skip
 
 
@@ -173,11 +200,11 @@ def print_contraction(step: Conv | MatMul, isa: Isa, ending: Ending | None = Non
     """Shared tiles, which leave sums to one function that stores them, or those of `ending`."""
     if isinstance(step, Conv):
         shape = conv_shape(step)
-        tiling = isa.tiling(shape.integer, product(shape.dims))
+        tiling = isa.tiling(shape.dtype, product(shape.dims))
         matrices = conv_matrix(step, shape, tiling.step)
     else:
         shape = matmul_shape(step)
-        tiling = isa.tiling(shape.integer, product(shape.dims))
+        tiling = isa.tiling(shape.dtype, product(shape.dims))
         array = view_array(step.b.view)
         matrix = array.reshape(-1, *array.shape[-2:])[0]
         matrices = [_padded(matrix[None], tiling.step)]
@@ -186,10 +213,10 @@ def print_contraction(step: Conv | MatMul, isa: Isa, ending: Ending | None = Non
     a = pointers.view(shape.a)
     rows = product(shape.dims)
     blocks, panels, starts = _panels(matrices, shape, rows, isa, tiling)
-    integer = shape.integer
-    pointers.data("w", panels, "int8_t" if integer else "float")
-    pointers.data("init", _initial(step, matrices, blocks, isa), "int32_t" if integer else "float")
-    if integer:
+    kind = KINDS[tiling.kind]
+    pointers.data("w", panels, kind.weight)
+    pointers.data("init", _initial(step, matrices, blocks, isa), kind.total)
+    if shape.integer:
         pointers.data("scale", scales(step, isa), "float")
     total = sum(b.tiles for b in blocks)
     table = ", ".join(
@@ -243,14 +270,14 @@ def tile_call(
 
     A `whole` tile stores its results itself.
     """
-    ctype, item = ("int32_t", "uint8_t") if shape.integer else ("float", "float")
+    kind = KINDS[tiling.kind]
     tallest = max(r for _, _, r in tiles)
     room = max(v * r for _, v, r in tiles)
     names = [f"i{d}" for d in range(len(shape.dims))]
-    length = -(-shape.length // tiling.step)
+    length = shape.length if kind.ragged else -(-shape.length // tiling.step)
     offsets = "".join(f", r{i}" for i, _ in enumerate(args))
     numbers = f"{shape.outer}, {shape.outer_stride}, {shape.inner}, {shape.inner_stride}, {length}"
-    room_for_sums = f"{ctype} acc[{room} * VL] __attribute__((aligned(64)));"
+    room_for_sums = f"{kind.total} acc[{room} * VL] __attribute__((aligned(64)));"
     if whole:
         cases = _tile_by_size(tiles, f"{numbers}, {w}, {init}, k.n, q{offsets}", tiling, "@_")
     else:
@@ -259,7 +286,7 @@ def tile_call(
             f"@_store(rows, k.n, k.stop, k.vectors * VL, acc, q{offsets});",
         ]
     return [
-        f"const {item} *at[{tallest}];",
+        f"const {kind.item} *at[{tallest}];",
         *(f"long r{i}[{tallest}];" for i, _ in enumerate(args)),
         *([] if whole else [room_for_sums]),
         "for (int r = 0; r < rows; ++r) {",
@@ -293,7 +320,7 @@ def _panels(
     at = column = 0
     for group, matrix in enumerate(matrices):
         columns = column_blocks(shape.n, isa, tiling)
-        packed.append(pack(matrix, columns, isa, shape.integer))
+        packed.append(pack(matrix, columns, isa, KINDS[tiling.kind]))
         for n, vectors in columns:
             if tiling.kind == AMX:
                 height = amx_rows(rows, shape.dims[-1], tiling.heights[vectors])
@@ -426,52 +453,74 @@ def print_tile(kind: str, vectors: int, rows: int) -> str:
     """A register tile: `rows x vectors` named accumulators over all of K."""
     if kind == AMX:
         return print_amx_tile(vectors, rows)
-    v = "vi" if kind == "u8" else "vf"
-    item, weight, total = TYPES[kind]
+    of = KINDS[kind]
     lines = [
         *tile_sums(kind, vectors, rows),
         *(
-            f"{v}_store(acc + {r * vectors + j} * VL, c{r}_{j});"
+            f"{of.vector}_store(acc + {r * vectors + j} * VL, c{r}_{j});"
             for r in range(rows)
             for j in range(vectors)
         ),
     ]
     signature = (
-        f"{tile_name(kind, vectors, rows)}(const {item} *const *at, long outer, long outer_stride, "
-        f"long inner, long inner_stride, long length, const {weight} *w, const {total} *init, "
-        f"{total} *acc)"
+        f"{tile_name(kind, vectors, rows)}(const {of.item} *const *at, long outer, "
+        f"long outer_stride, long inner, long inner_stride, long length, const {of.weight} *w, "
+        f"const {of.total} *init, {of.total} *acc)"
     )
     return f"TILE void {signature} {{\n{indent(lines)}\n}}\n"
 
 
 def tile_sums(kind: str, vectors: int, rows: int) -> list[str]:
     """Statements that sum products over all of K into variables `c{row}_{vector}`."""
-    integer = kind == "u8"
-    item, _, _ = TYPES[kind]
-    v = "vi" if integer else "vf"
+    of = KINDS[kind]
+    step, v = of.step, of.vector
     cells = [(r, j) for r in range(rows) for j in range(vectors)]
-    scale = " * 4" if integer else ""
-    load = "vi_load((const int32_t *)(const void *)(w + {}))" if integer else "vf_load(w + {})"
-    step = 4 if integer else 1
-    lines = [f"const {item} *a{r} = at[{r}];" for r in range(rows)]
+    scale = f" * {step}" if step > 1 else ""
+    load = (
+        "vf_load(w + {})" if kind == "f32" else "vi_load((const int32_t *)(const void *)(w + {}))"
+    )
+    kept = "vf" if kind == "f32" else "vi"
+    dot = {
+        "f32": "vf_fma(x{r}, w{j}, c{r}_{j})", "u8": "vi_dot(c{r}_{j}, x{r}, w{j})",
+        "bf16": "vb_dot(c{r}_{j}, x{r}, w{j})",
+    }[kind]  # fmt: skip
+
+    def products(broadcast: str) -> list[str]:
+        lines = [f"const {kept} w{j} = {load.format(f'{j} * VL{scale}')};" for j in range(vectors)]
+        for r in range(rows):
+            lines.append(broadcast.format(r=r))
+            lines += [f"c{r}_{j} = {dot.format(r=r, j=j)};" for j in range(vectors)]
+        return [*lines, f"w += {vectors} * VL{scale};"]
+
+    whole = (
+        "const vf x{r} = vf_set(a{r}[i]);"
+        if step == 1
+        else "const int32_t x{r} = load32(a{r} + i);"
+    )
+    lines = [f"const {of.item} *a{r} = at[{r}];" for r in range(rows)]
     lines += [f"{v} c{r}_{j} = {v}_load(init + {j} * VL);" for r, j in cells]
-    inner = [f"const {v} w{j} = {load.format(f'{j} * VL{scale}')};" for j in range(vectors)]
-    for r in range(rows):
-        if integer:
-            inner.append(f"const int32_t x{r} = load32(a{r} + i);")
-            inner += [f"c{r}_{j} = vi_dot(c{r}_{j}, x{r}, w{j});" for j in range(vectors)]
-        else:
-            inner.append(f"const vf x{r} = vf_set(a{r}[i]);")
-            inner += [f"c{r}_{j} = vf_fma(x{r}, w{j}, c{r}_{j});" for j in range(vectors)]
+    if of.ragged:
+        loop = [
+            "long i = start;",
+            f"for (; i + {step} <= start + length; i += {step}) {{",
+            *(f"  {line}" for line in products(whole)),
+            "}",
+            "if (i < start + length) {",
+            *(f"  {line}" for line in products("const int32_t x{r} = a{r}[i];")),
+            "}",
+        ]
+    else:
+        loop = [
+            f"for (long i = start; i < start + length * {step}; i += {step}) {{",
+            *(f"  {line}" for line in products(whole)),
+            "}",
+        ]
     return [
         *lines,
         "for (long y = 0; y < outer; ++y)",
         "  for (long x = 0; x < inner; ++x) {",
         "    const long start = y * outer_stride + x * inner_stride;",
-        f"    for (long i = start; i < start + length * {step}; i += {step}) {{",
-        *(f"      {line}" for line in inner),
-        f"      w += {vectors} * VL{scale};",
-        "    }",
+        *(f"    {line}" for line in loop),
         "  }",
     ]
 

@@ -55,7 +55,8 @@ def print_depthwise(step: Conv, isa: Isa) -> KernelCode:
 
     def load(at: str, count: str | None) -> str:
         if quantization is None:
-            return f"vf_load({at})" if count is None else f"vf_loadn({at}, {count})"
+            prefix = "vb" if step.a.view.dtype == "BFLOAT16" else "vf"
+            return f"{prefix}_load({at})" if count is None else f"{prefix}_loadn({at}, {count})"
         kind = "vi_u8" if step.a.view.dtype == "UINT8" else "vi_s8"
         return f"vi_float({kind}({at}))" if count is None else f"vi_float({kind}n({at}, {count}))"
 
@@ -86,7 +87,7 @@ def print_depthwise(step: Conv, isa: Isa) -> KernelCode:
         pixel = linear(
             ["i", "y", "x"], (sn, sh * step.strides[0], sw * step.strides[1]), step.a.view.offset
         )
-        item = "float" if quantization is None else pointers.items[0].ctype
+        item = pointers.items[0].ctype
         tile: list[str] = []
         for size in dict.fromkeys((pixels, ow % pixels or pixels)):
             work = [f"vf c{r} = start;" for r in range(size)]

@@ -7,6 +7,7 @@ import numpy as np
 from optcompiler.lowering.ir import MatMul, product
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.contraction import (
+    KINDS,
     Block,
     column_blocks,
     matmul_shape,
@@ -23,7 +24,8 @@ def print_dynamic(step: MatMul, isa: Isa) -> KernelCode:
     """`[*batch, M, K] @ [*batch, K, N]`; integers where `step.b` is symmetric around its middle."""
     shape = matmul_shape(step)
     integer = shape.integer
-    tiling = isa.integers[-1] if integer else isa.floats
+    tiling = isa.integers[-1] if integer else isa.tiling(shape.dtype, 0)
+    kind = KINDS[tiling.kind]
     pointers = Pointers()
     a = pointers.view(shape.a)
     *batch, m = shape.dims
@@ -35,11 +37,11 @@ def print_dynamic(step: MatMul, isa: Isa) -> KernelCode:
         for n, v in columns
     ]
     widest = tiling.widest * isa.lanes
-    kind = np.int32 if integer else np.float32
-    init = np.zeros(widest if step.bias is None else columns[-1][0] + widest, kind)
+    room = widest if step.bias is None else columns[-1][0] + widest
+    init = np.zeros(room, np.int32 if integer else np.float32)
     if step.bias is not None:
         init[: shape.n] = step.bias
-    pointers.data("init", init, "int32_t" if integer else "float")
+    pointers.data("init", init, kind.total)
     if integer:
         pointers.data("scale", scales(step, isa), "float")
     b = pointers.view(step.b.view)
@@ -56,11 +58,11 @@ def print_dynamic(step: MatMul, isa: Isa) -> KernelCode:
     names = [f"u{d}" for d in range(len(batch))]
     source = f"{b} + {linear(names, b_batch, step.b.view.offset)} + k.n * {sn}L"
     place = f"{shape.length}, k.stop - k.n, k.vectors * VL, {sk}, {sn}"
+    steps = -(-shape.length // kind.step)
     if integer:
         assert step.a.quantization is not None
         turn = 128 if step.b.view.dtype == "UINT8" else 0
         zero = int(step.a.quantization.zero_point)
-        steps = -(-shape.length // tiling.step)
         scratch = (steps + 1) * widest * 4
         memory = [
             "int32_t *const start = (int32_t *)scratch;",
@@ -69,9 +71,9 @@ def print_dynamic(step: MatMul, isa: Isa) -> KernelCode:
         packing = f"pack_i8(panel, start, init + k.init, {source}, {place}, {turn}, {zero});"
         weights, first_sums = "(const int8_t *)panel", "start"
     else:
-        scratch = shape.length * widest * 4
-        memory = ["float *const panel = (float *)scratch;"]
-        packing = f"pack_f32(panel, {source}, {place});"
+        scratch = steps * kind.step * widest * kind.dtype.itemsize
+        memory = [f"{kind.weight} *const panel = ({kind.weight} *)scratch;"]
+        packing = f"pack_{tiling.kind}(panel, {source}, {place});"
         weights, first_sums = "panel", "init + k.init"
     total = units * len(blocks)
     body = [

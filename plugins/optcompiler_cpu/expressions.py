@@ -20,6 +20,9 @@ from optcompiler.lowering.ir import (
 from optcompiler_cpu.scalars import LIMITS
 
 NARROW = frozenset({"UINT8", "INT8", "INT32"})
+WIDENED = frozenset({"FLOAT", "BFLOAT16"})
+"""Types that vectors of floats hold; bfloat16 is rounded when cast to and when stored."""
+
 FLOAT_OPS = frozenset({
     "add", "sub", "mul", "div", "pow", "min", "max", "neg", "abs", "sign", "sqrt", "exp", "log",
     "erf", "tanh", "sigmoid", "sin", "cos", "floor", "ceil", "round", "reciprocal", "isnan",
@@ -62,16 +65,19 @@ def vectorisable(*exprs: Expr) -> bool:
 def _vector_node(expr: Expr) -> bool:
     match expr:
         case Load() | Const():
-            return expr.dtype in NARROW | {"FLOAT", "BOOL"}
+            return expr.dtype in NARROW | WIDENED | {"BOOL"}
         case Accumulator():
-            return expr.dtype in {"FLOAT", "UINT8", "INT8", "INT32"}
+            return expr.dtype in NARROW | WIDENED
         case Quantize():
             return expr.dtype in {"UINT8", "INT8"} and expr.arg.dtype == "FLOAT"
         case Dequantize():
             return expr.arg.dtype in NARROW
         case Call(op="cast"):
-            return (expr.args[0].dtype in NARROW | {"BOOL"} and expr.dtype == "FLOAT") or (
-                expr.args[0].dtype == "FLOAT" and expr.dtype == "BOOL"
+            source = expr.args[0].dtype
+            if {source, expr.dtype} <= WIDENED:
+                return True
+            return (source in NARROW | {"BOOL"} and expr.dtype == "FLOAT") or (
+                source == "FLOAT" and expr.dtype == "BOOL"
             )
         case Call(op="and" | "or" | "xor" | "not"):
             return all(a.dtype == "BOOL" for a in expr.args)
@@ -132,9 +138,12 @@ class VectorPrinter:
 
     def store(self, expr: Expr, pointer: str, stride: int) -> None:
         """Append the store of `expr` (of the destination's type) to the innermost level."""
+        dtype = expr.dtype
+        if dtype == "BFLOAT16" and isinstance(expr, Call) and expr.op == "cast":
+            expr = expr.args[0]  # the store rounds
         name = self.print(expr)
-        kind, to = kind_of(expr.dtype), {"FLOAT": "vf", "INT32": "vi", "BOOL": "vm"}
-        prefix = to.get(expr.dtype, "vi_to8")
+        kind, to = kind_of(dtype), {"FLOAT": "vf", "INT32": "vi", "BOOL": "vm", "BFLOAT16": "vb"}
+        prefix = to.get(dtype, "vi_to8")
         count = self.count or "VL"
         if stride != 1:
             verb = f"{prefix}s" if prefix == "vi_to8" else f"{prefix}_stores"
@@ -166,7 +175,7 @@ class VectorPrinter:
         match expr:
             case Accumulator():
                 return self.accumulator, 2
-            case Const(dtype="FLOAT"):
+            case Const(dtype="FLOAT" | "BFLOAT16"):
                 return f"vf_set({self._number(expr.value)})", 0
             case Const(dtype="BOOL"):
                 return f"vm_set({int(bool(expr.value))})", 0
@@ -188,10 +197,12 @@ class VectorPrinter:
         dtype, pointer, count = view.dtype, place.pointer, self.count or "VL"
         if place.stride == 0:
             one = f"*({pointer})"
-            spelled = {"FLOAT": f"vf_set({one})", "BOOL": f"vm_set({one})"}
+            spelled = {
+                "FLOAT": f"vf_set({one})", "BOOL": f"vm_set({one})", "BFLOAT16": f"vb_set({one})",
+            }  # fmt: skip
             return spelled.get(dtype, f"vi_set({one})"), place.level
         short = {"UINT8": "vi_u8", "INT8": "vi_s8"}.get(dtype)
-        prefix = {"FLOAT": "vf", "BOOL": "vm", "INT32": "vi"}.get(dtype, "")
+        prefix = {"FLOAT": "vf", "BOOL": "vm", "INT32": "vi", "BFLOAT16": "vb"}.get(dtype, "")
         if place.stride != 1:
             verb = f"{short}s" if short else f"{prefix}_loads"
             return f"{verb}({pointer}, {place.stride}, {count})", place.level
@@ -276,6 +287,10 @@ class VectorPrinter:
             case "cast":
                 if expr.dtype == "BOOL":
                     return f"vm_not(vf_eq({names[0]}, vf_set(0.0f)))", level
+                if expr.dtype == "BFLOAT16":
+                    return f"vb_round({names[0]})", level
+                if source == "BFLOAT16":
+                    return names[0], level
                 verb = "vm_float" if source == "BOOL" else "vi_float"
                 return f"{verb}({names[0]})", level
             case "gt" | "ge":
@@ -290,4 +305,4 @@ class VectorPrinter:
 
 
 def kind_of(dtype: str) -> str:
-    return {"FLOAT": "vf", "BOOL": "vm"}.get(dtype, "vi")
+    return {"FLOAT": "vf", "BFLOAT16": "vf", "BOOL": "vm"}.get(dtype, "vi")

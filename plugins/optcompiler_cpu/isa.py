@@ -17,7 +17,7 @@ from optcompiler.errors import InputError
 class Tiling:
     """Register tiles of one kind: the greatest number of rows by vectors across.
 
-    `step` elements of K are taken at a time, so runs of integers are padded to it. A product of
+    `step` elements of K are taken at a time, so runs of weights are padded to it. A product of
     fewer than `least_rows` rows is left to the next kind.
     """
 
@@ -33,11 +33,12 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Isa:
-    """`lanes` floats a vector; register tiles for floats, and for integers by preference.
+    """`lanes` floats a vector; register tiles for floats, bfloat16, and integers by preference.
 
     Heights leave registers for the vectors of weights and one broadcast: with 32 registers
-    6 x 4 accumulators, with 16 registers 6 x 2; integers without VNNI hold each vector of weights
-    twice. AMX has eight registers of 16 x 16: two by two accumulators, two of either operand.
+    6 x 4 accumulators, with 16 registers 6 x 2; integers without VNNI, and bfloat16 without
+    products of its own, hold each vector of weights twice. AMX has eight registers of 16 x 16: two
+    by two accumulators, two of either operand.
     """
 
     name: str
@@ -45,19 +46,27 @@ class Isa:
     flags: tuple[str, ...]
     lanes: int
     floats: Tiling
+    halves: Tiling
     integers: tuple[Tiling, ...]
     needs: frozenset[str]
 
-    def tiling(self, integer: bool, rows: int) -> Tiling:
-        """The register tiles for a product of so many rows."""
-        if not integer:
-            return self.floats
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether bfloat16 is multiplied as it is, in place of being widened first."""
+        return "avx512_bf16" in self.needs
+
+    def tiling(self, dtype: str, rows: int) -> Tiling:
+        """The register tiles for a product of so many rows of elements of type `dtype`."""
+        if dtype in {"FLOAT", "BFLOAT16"}:
+            return self.floats if dtype == "FLOAT" else self.halves
         return next(t for t in self.integers if rows >= t.least_rows)
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma",
            "-mprefer-vector-width=512")  # fmt: skip
 _AVX512_NEEDS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"})
+_BF16 = ("-DOC_AVX512_VNNI", *_AVX512, "-mavx512bf16")
+_BF16_NEEDS = _AVX512_NEEDS | {"avx512_bf16"}
 _OF_32 = {4: 6, 3: 8, 2: 12, 1: 16}
 _VNNI = Tiling("u8", _OF_32, step=4)
 
@@ -67,11 +76,22 @@ ISAS = {
         Isa(
             "amx_int8",
             "OC_AMX",
-            ("-DOC_AVX512_VNNI", *_AVX512, "-mamx-tile", "-mamx-int8"),
+            ("-DOC_AVX512_BF16", *_BF16, "-mamx-tile", "-mamx-int8"),
             16,
             Tiling("f32", _OF_32),
+            Tiling("bf16", _OF_32, step=2),
             (Tiling("amx", {2: 32, 1: 32}, step=64, least_rows=8), _VNNI),
-            _AVX512_NEEDS | {"amx_tile", "amx_int8"},
+            _BF16_NEEDS | {"amx_tile", "amx_int8"},
+        ),
+        Isa(
+            "avx512_bf16",
+            "OC_AVX512_BF16",
+            _BF16,
+            16,
+            Tiling("f32", _OF_32),
+            Tiling("bf16", _OF_32, step=2),
+            (_VNNI,),
+            _BF16_NEEDS,
         ),
         Isa(
             "avx512_vnni",
@@ -79,6 +99,7 @@ ISAS = {
             _AVX512,
             16,
             Tiling("f32", _OF_32),
+            Tiling("bf16", {3: 7, 2: 12, 1: 16}, step=2),
             (_VNNI,),
             _AVX512_NEEDS,
         ),
@@ -88,6 +109,7 @@ ISAS = {
             ("-mavx2", "-mfma"),
             8,
             Tiling("f32", {2: 6, 1: 8}),
+            Tiling("bf16", {2: 4, 1: 8}, step=2),
             (Tiling("u8", {2: 4, 1: 8}, step=4),),
             frozenset({"avx2", "fma"}),
         ),
@@ -97,6 +119,7 @@ ISAS = {
             (),
             4,
             Tiling("f32", {2: 4, 1: 6}),
+            Tiling("bf16", {2: 4, 1: 6}, step=2),
             (Tiling("u8", {2: 4, 1: 6}, step=4),),
             frozenset(),
         ),

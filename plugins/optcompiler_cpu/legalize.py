@@ -165,15 +165,15 @@ def _room_to_read(lowered: Lowered, isa: Isa) -> None:
             if isinstance(step, Conv) and not any(step.pads):  # a halo makes a copy anyway
                 steps.append(copy := _copy(lowered, step, channels_last(shape)))
                 step = replace(step, a=replace(step.a, view=copy.out))
-            elif isinstance(step, MatMul) and shape[-1] % _step_of(isa, shape):
+            elif isinstance(step, MatMul) and shape[-1] % _step_of(isa, step.a.view.dtype, shape):
                 steps.append(copy := _copy(lowered, step, row_major(shape)))
                 step = replace(step, a=replace(step.a, view=copy.out))
         steps.append(step)
     lowered.steps = steps
 
 
-def _step_of(isa: Isa, shape: tuple[int, ...]) -> int:
-    return isa.tiling(True, product(shape[:-1])).step
+def _step_of(isa: Isa, dtype: str, shape: tuple[int, ...]) -> int:
+    return isa.tiling(dtype, product(shape[:-1])).step
 
 
 def _copy(lowered: Lowered, step: Conv | MatMul, strides: tuple[int, ...]) -> Loop:

@@ -347,7 +347,7 @@ def print_pooling(step: Pooling, isa: Isa) -> KernelCode:
     nest = Nest(((0,), (1,), (2,), (3,)), (n, c, oh, ow))
     place = placer(pointers, nest, 1)
     sn, sc, sh, sw = step.source.strides
-    integer = step.source.dtype != "FLOAT"
+    integer = step.source.dtype in {"UINT8", "INT8"}
     mean = step.op == "mean"
     kind, start = ("vi", "-255") if integer else ("vf", "-INFINITY")
     if mean:
@@ -357,13 +357,18 @@ def print_pooling(step: Pooling, isa: Isa) -> KernelCode:
     def emit(count: str | None) -> list[str]:
         lanes = count or "VL"
         short = {"UINT8": "vi_u8", "INT8": "vi_s8"}.get(step.source.dtype)
+        prefix = "vb" if step.source.dtype == "BFLOAT16" else "vf"
         at = f"{source} + {linear(['i0', 'y', 'x', 'j'], (sn, sh, sw, sc), step.source.offset)}"
         if sc == 1:
-            load = f"{short}n({at}, {lanes})" if short else f"vf_loadn({at}, {lanes})"
+            load = f"{short}n({at}, {lanes})" if short else f"{prefix}_loadn({at}, {lanes})"
             if count is None:
-                load = f"{short}({at})" if short else f"vf_load({at})"
+                load = f"{short}({at})" if short else f"{prefix}_load({at})"
         else:
-            load = f"{short}s({at}, {sc}, {lanes})" if short else f"vf_loads({at}, {sc}, {lanes})"
+            load = (
+                f"{short}s({at}, {sc}, {lanes})"
+                if short
+                else f"{prefix}_loads({at}, {sc}, {lanes})"
+            )
         verb = "add" if mean else "max"
         acc = "acc"
         if mean:

@@ -12,7 +12,7 @@ from optcompiler.lowering.ir import Const, Conv, Expr, MatMul, Quantize, View, p
 from optcompiler_cpu.amx import AMX
 from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
 from optcompiler_cpu.contraction import (
-    TYPES,
+    KINDS,
     Shape,
     Tiles,
     conv_shape,
@@ -27,7 +27,7 @@ from optcompiler_cpu.expressions import Place, VectorPrinter
 from optcompiler_cpu.isa import Isa
 
 MOST_STEPS = 64
-"""Steps of K (four integers, or one float) up to which a sum is short."""
+"""Steps of K (four integers, two bfloat16, or one float) up to which a sum is short."""
 
 MOST_EXPRESSIONS = 16
 """Sub-expressions of an epilogue that is printed for every vector of a tile."""
@@ -38,7 +38,7 @@ def is_short(step: Conv | MatMul, isa: Isa) -> bool:
     if isinstance(step, MatMul) and not prepared(step):
         return False
     shape = conv_shape(step) if isinstance(step, Conv) else matmul_shape(step)
-    tiling = isa.tiling(shape.integer, product(shape.dims))
+    tiling = isa.tiling(shape.dtype, product(shape.dims))
     steps = shape.outer * shape.inner * -(-shape.length // tiling.step)
     return (
         tiling.kind != AMX
@@ -76,12 +76,12 @@ def print_whole_tiles(
         return Place(f"{base} + {row}" + (f" + {column}" if lane else ""), lane, 2)
 
     endings = {tile: _ending(step, shape, pointers, tile, place) for tile in sorted(tiles)}
-    item, weight, total = TYPES["u8" if shape.integer else "f32"]
+    kind = KINDS[min(tiles)[0]]
     offsets = "".join(f", const long *r{i}" for i, _ in enumerate(args))
     texts = [
-        f"static void @_{tile_name(*tile)}(const {item} *const *at, long outer, "
-        f"long outer_stride, long inner, long inner_stride, long length, const {weight} *w, "
-        f"const {total} *init, int n, char *const *q{offsets}) {{\n"
+        f"static void @_{tile_name(*tile)}(const {kind.item} *const *at, long outer, "
+        f"long outer_stride, long inner, long inner_stride, long length, const {kind.weight} *w, "
+        f"const {kind.total} *init, int n, char *const *q{offsets}) {{\n"
         f"{indent([*pointers.declarations(ending), *tile_sums(*tile), *ending])}\n}}\n"
         for tile, ending in endings.items()
     ]

@@ -15,6 +15,7 @@ from optcompiler.lowering.build import view_array
 from optcompiler.lowering.ir import Conv, product
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.contraction import (
+    KINDS,
     column_blocks,
     conv_shape,
     pack,
@@ -106,7 +107,7 @@ def _weights(step: Conv, blocks: list[tuple[int, int]], isa: Isa) -> np.ndarray:
     moved = np.einsum("iy,ocyx,jx->ijco", g, kernel, g, optimize=True)
     points = moved.reshape(36, *moved.shape[2:]).astype(np.float32)
     parts = [
-        pack(points[p][:, n : n + vectors * isa.lanes], [(0, vectors)], isa, False)
+        pack(points[p][:, n : n + vectors * isa.lanes], [(0, vectors)], isa, KINDS["f32"])
         for n, vectors in blocks
         for p in range(36)
     ]

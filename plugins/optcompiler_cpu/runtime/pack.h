@@ -16,6 +16,24 @@ INLINE void pack_f32(float *panel, const float *b, long depth, int columns, int 
   }
 }
 
+/* [depth / 2][width][2], with a zero after an odd depth */
+INLINE void pack_bf16(uint16_t *panel, const uint16_t *b, long depth, int columns, int width, long sk, long sn) {
+  for (long k = 0; k < depth; k += 2) {
+    int32_t *row = (int32_t *)(void *)(panel + k * width);
+    const uint16_t *one = b + k * sk, *two = one + sk;
+    int j = 0;
+    if (k + 1 == depth)
+      for (; j < columns; ++j) row[j] = one[j * sn];
+    if (sk == 1)
+      for (; j < columns; ++j) row[j] = load32(one + j * sn);
+    if (sn == 1)
+      for (; j + VL <= columns; j += VL)
+        vi_store(row + j, vi_or(vi_u16(one + j), vi_shl(vi_u16(two + j), 16)));
+    for (; j < columns; ++j) row[j] = (int32_t)(one[j * sn] | (uint32_t)two[j * sn] << 16);
+    for (; j < width; ++j) row[j] = 0;
+  }
+}
+
 /* [depth / 4][width][4] signed bytes: those of b, or, where `turn` is 128, unsigned ones less 128.
    `start` becomes `init` less `zero`, the other operand's zero point, times each column's sum. */
 INLINE void pack_i8(int32_t *panel, int32_t *start, const int32_t *init, const void *b, long depth, int columns,

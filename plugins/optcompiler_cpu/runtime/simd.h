@@ -1,4 +1,5 @@
-/* Vectors of VL floats (vf), VL 32-bit integers (vi) and VL truth values (vm), for three machines.
+/* Vectors of VL floats (vf), VL 32-bit integers (vi) and VL truth values (vm), for three kinds of
+   machine.
    Names: type_operation; a trailing n takes only the first n lanes, a trailing s a stride. */
 #ifndef OC_SIMD_H
 #define OC_SIMD_H
@@ -81,6 +82,10 @@ INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 INLINE vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
 INLINE vi vi_shl(vi a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
 INLINE vi vi_shr(vi a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
+INLINE vi vi_u16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE vi vi_u16n(const uint16_t *p, int n) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(LANES(n), p)); }
+INLINE void vi_to16(uint16_t *p, vi v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(v)); }
+INLINE void vi_to16n(uint16_t *p, vi v, int n) { _mm256_mask_storeu_epi16(p, LANES(n), _mm512_cvtepi32_epi16(v)); }
 INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 INLINE float vf_hmin(vf a) { return _mm512_reduce_min_ps(a); }
@@ -212,6 +217,12 @@ INLINE vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
 INLINE vi vi_xor(vi a, vi b) { return _mm256_xor_si256(a, b); }
 INLINE vi vi_shl(vi a, int n) { return _mm256_slli_epi32(a, n); }
 INLINE vi vi_shr(vi a, int n) { return _mm256_srli_epi32(a, n); }
+INLINE vi vi_u16(const uint16_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vi vi_u16n(const uint16_t *p, int n) { uint16_t t[VL] = {0}; memcpy(t, p, 2 * (size_t)n); return vi_u16(t); }
+INLINE void vi_to16(uint16_t *p, vi v) {
+  _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
+INLINE void vi_to16n(uint16_t *p, vi v, int n) { uint16_t t[VL]; vi_to16(t, v); memcpy(p, t, 2 * (size_t)n); }
 INLINE float vf_sum(vf a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -297,6 +308,10 @@ INLINE vi vi_shr(vi a, int n) {
   typedef uint32_t vu __attribute__((vector_size(16)));
   return (vi)((vu)a >> n);
 }
+INLINE vi vi_u16n(const uint16_t *p, int n) { vi v = {0}; for (int i = 0; i < n; ++i) v[i] = p[i]; return v; }
+INLINE vi vi_u16(const uint16_t *p) { return vi_u16n(p, VL); }
+INLINE void vi_to16n(uint16_t *p, vi v, int n) { for (int i = 0; i < n; ++i) p[i] = (uint16_t)v[i]; }
+INLINE void vi_to16(uint16_t *p, vi v) { vi_to16n(p, v, VL); }
 INLINE float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 INLINE float vf_hmax(vf a) { float m = a[0]; EACH(i) m = a[i] > m ? a[i] : m; return m; }
 INLINE float vf_hmin(vf a) { float m = a[0]; EACH(i) m = a[i] < m ? a[i] : m; return m; }
@@ -356,6 +371,37 @@ INLINE vf vm_float(vm m) { return vf_where(m, vf_set(1.0f), vf_set(0.0f)); }
 INLINE vf vf_neg(vf a) { return vf_sub(vf_set(-0.0f), a); }
 INLINE vf vf_reciprocal(vf a) { return vf_div(vf_set(1.0f), a); }
 INLINE float vf_hprod(vf a) { float t[VL], m; vf_store(t, a); m = t[0]; for (int i = 1; i < VL; ++i) m *= t[i]; return m; }
+
+/* bfloat16 (vb), 16 bits in memory and a vf elsewhere. Stores round to nearest, halves to even;
+   products are summed as vdpbf16ps does, the second of a pair first. */
+INLINE vf vb_widen(vi bits) { return vi_asfloat(vi_shl(bits, 16)); }
+INLINE vf vb_load(const uint16_t *p) { return vb_widen(vi_u16(p)); }
+INLINE vf vb_loadn(const uint16_t *p, int n) { return vb_widen(vi_u16n(p, n)); }
+INLINE vf vb_loads(const uint16_t *p, long s, int n) { uint16_t t[VL] = {0}; for (int i = 0; i < n; ++i) t[i] = p[i * s]; return vb_load(t); }
+INLINE vf vb_set(uint16_t x) { return vb_widen(vi_set(x)); }
+#if defined(OC_AVX512_BF16)
+INLINE __m256i vb_bits(vf v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+INLINE vf vb_round(vf v) { return vb_widen(_mm512_cvtepu16_epi32(vb_bits(v))); }
+INLINE void vb_store(uint16_t *p, vf v) { _mm256_storeu_si256((__m256i *)p, vb_bits(v)); }
+INLINE void vb_storen(uint16_t *p, vf v, int n) { _mm256_mask_storeu_epi16(p, LANES(n), vb_bits(v)); }
+INLINE vf vb_dot(vf c, int32_t a2, vi w) { return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(a2), (__m512bh)w); }
+#else
+INLINE vi vb_bits(vf v) {
+  const vi bits = vf_bits(v), odd = vi_and(vi_shr(bits, 16), vi_set(1));
+  const vi near = vi_shr(vi_add(bits, vi_add(odd, vi_set(0x7fff))), 16);
+  const vi nan = vi_or(vi_shr(bits, 16), vi_set(64));
+  return vf_bits(vf_where(vf_isnan(v), vi_asfloat(nan), vi_asfloat(near)));
+}
+INLINE vf vb_round(vf v) { return vb_widen(vb_bits(v)); }
+INLINE void vb_store(uint16_t *p, vf v) { vi_to16(p, vb_bits(v)); }
+INLINE void vb_storen(uint16_t *p, vf v, int n) { vi_to16n(p, vb_bits(v), n); }
+INLINE vf vb_dot(vf c, int32_t a2, vi w) {
+  const vi a = vi_set(a2), high = vi_set(-65536);
+  c = vf_fma(vi_asfloat(vi_and(a, high)), vi_asfloat(vi_and(w, high)), c);
+  return vf_fma(vb_widen(a), vb_widen(w), c);
+}
+#endif
+INLINE void vb_stores(uint16_t *p, vf v, long s, int n) { uint16_t t[VL]; vb_store(t, v); for (int i = 0; i < n; ++i) p[i * s] = t[i]; }
 
 #if !defined(OC_AVX512_VNNI)
 /* a 2^n for whole n in [-252, 254]: by two factors, either a normal number */
