@@ -12,14 +12,14 @@ from optcompiler.cost import CostModel, DeviceProfile
 class IntegersFirst(CostModel):
     """Narrow types are always cheaper: the planner leaves nothing in float for being no quicker.
 
-    Its microseconds are nobody's: a nanosecond for each byte moved and for each four integer or one
-    float multiply-accumulate.
+    Its microseconds are nobody's: a nanosecond for each byte moved and for each four integer, two
+    bfloat16 or one float multiply-accumulate.
     """
 
     name: ClassVar[str] = "integers-first"
 
     def kernel_us(self, kernel: Kernel, profile: DeviceProfile) -> float:
-        macs = kernel.macs / (4 if kernel.dtype == "int8" else 1)
+        macs = kernel.macs / {"int8": 4, "bf16": 2}.get(kernel.dtype, 1)
         return 1e-3 * (kernel.bytes_moved + kernel.weight_bytes + macs)
 
 

@@ -104,6 +104,7 @@ def nominal_profile(backend: str, threads: int) -> DeviceProfile:
     are nobody's."""
     floats: Curve = ((1e4, 1e10 * threads), (1e6, 3e10 * threads), (1e8, 5e10 * threads))
     integers: Curve = ((1e4, 1e10 * threads), (1e6, 8e10 * threads), (1e8, 16e10 * threads))
+    halves: Curve = tuple((size, 2 * rate) for size, rate in floats)
     taps: Curve = ((1e5, 1e10 * threads),)
     return DeviceProfile(
         name="nominal",
@@ -111,6 +112,7 @@ def nominal_profile(backend: str, threads: int) -> DeviceProfile:
         threads=threads,
         mac_rate={
             "gemm/fp32": floats, "conv/fp32": floats, "depthwise/fp32": taps,
+            "gemm/bf16": halves, "conv/bf16": halves, "depthwise/bf16": taps,
             "gemm/int8": integers, "conv/int8": integers,
             "depthwise/int8": tuple((size, 2 * rate) for size, rate in taps),
         },

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from optcompiler import scratch
 from optcompiler.cache import Cache
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from optcompiler.rewriting import Progress
     from optcompiler.target import Target
 
-FORMAT = 6
+FORMAT = 7
 KIND = "device"
 
 WINDOWS = 4
@@ -176,7 +177,7 @@ def measure(
     """Run every probe that the backend supports and fit the rates; None when it cannot be timed."""
     if not backend.runs_here(target):
         return None
-    probes = list(_probes(integers="int8" in backend.capabilities(target).precisions))
+    probes = list(_probes(backend.capabilities(target).precisions))
     programs = [p for probe in probes for p in (probe.program, probe.longer) if p is not None]
     times: dict[int, float] = {}
     first = _build(backend, target, programs[0])
@@ -312,8 +313,9 @@ def _curve(points: list[tuple[float, float]]) -> Curve:
     return tuple((s, statistics.median(r)) for s, r in sorted(merged.items()))
 
 
-HEAD = '<ir_version: 10, opset_import: ["" : 20]>\n'
-TEXT_TYPES = {"float32": "float", "int8": "int8", "uint8": "uint8", "int32": "int32"}
+HEAD = '<ir_version: 10, opset_import: ["" : {}]>\n'
+TEXT_TYPES = {"float32": "float", "bfloat16": "bfloat16", "int8": "int8", "uint8": "uint8",
+              "int32": "int32"}  # fmt: skip
 PAIRS = 3
 """A longer chain goes to and fro this many times, a shorter one once."""
 
@@ -324,15 +326,15 @@ CONVS = ((8, 16, 8, 3, 1), (64, 64, 28, 3, 1), (128, 256, 14, 3, 1), (16, 32, 56
 """Channels in, channels out, height and width, kernel, groups."""
 
 
-def _probes(*, integers: bool) -> Iterator[Probe]:
+def _probes(precisions: frozenset[str]) -> Iterator[Probe]:
     rng = np.random.default_rng(0)
     yield Probe("launch", _small_steps(2), _small_steps(34), 32)
-    for int8 in (False, True) if integers else (False,):
+    for precision in ("fp32", *(p for p in ("bf16", "int8") if p in precisions)):
         for sizes in MATMULS:
-            short, long = (_matmuls(*sizes, pairs, rng, int8) for pairs in (1, PAIRS))
+            short, long = (_matmuls(*sizes, pairs, rng, precision) for pairs in (1, PAIRS))
             yield Probe("mac", short, long, 2 * (PAIRS - 1))
         for conv in CONVS:
-            short, long = (_convs(*conv, pairs, rng, int8) for pairs in (1, PAIRS))
+            short, long = (_convs(*conv, pairs, rng, precision) for pairs in (1, PAIRS))
             yield Probe("mac", short, long, 2 * (PAIRS - 1))
     for rows in (16, 128):
         yield Probe("mac", _attention_product(rows))
@@ -347,8 +349,9 @@ def _probes(*, integers: bool) -> Iterator[Probe]:
 
 
 def _program(
-    x: Sequence[int], y: Sequence[int], lines: str, constants: Mapping[str, np.ndarray]
-) -> Program:
+    x: Sequence[int], y: Sequence[int], lines: str, constants: Mapping[str, np.ndarray],
+    opset: int = 20,
+) -> Program:  # fmt: skip
     """A program from `x` to `y`, both float, with `constants` as initializers."""
     import onnx_ir as ir
 
@@ -359,7 +362,7 @@ def _program(
     declared = [typed(k, TEXT_TYPES[str(v.dtype)], v.shape) for k, v in constants.items()]
     arguments = ", ".join([typed("x", "float", x), *declared])
     model = ir.from_onnx_text(
-        f"{HEAD}g ({arguments}) => ({typed('y', 'float', y)}) {{\n{lines}\n}}"
+        f"{HEAD.format(opset)}g ({arguments}) => ({typed('y', 'float', y)}) {{\n{lines}\n}}"
     )
     for value in list(model.graph.inputs)[1:]:
         model.graph.inputs.remove(value)
@@ -382,15 +385,19 @@ Layer = tuple[str, np.ndarray, int]
 
 
 def _chain(
-    layers: Sequence[Layer], shape: Sequence[int], rng: np.random.Generator, int8: bool
+    layers: Sequence[Layer], shape: Sequence[int], rng: np.random.Generator, precision: str
 ) -> Program:
-    """Layers one after another, each followed by Relu, in float or in Q/DQ form."""
+    """Layers one after another, each followed by Relu, in float, bfloat16 or Q/DQ form."""
+    int8, bf16 = precision == "int8", precision == "bf16"
     constants: dict[str, np.ndarray] = {}
     lines: list[str] = []
     value = "x"
     if int8:
         constants |= {"s": np.float32(0.03), "z": np.uint8(0)}  # pyright: ignore[reportAssignmentType]
         lines += ["q = QuantizeLinear (x, s, z)", "d = DequantizeLinear (q, s, z)"]
+        value = "d"
+    elif bf16:
+        lines.append("d = Cast <to = 16> (x)")
         value = "d"
     for i, (op, weight, axis) in enumerate(layers):
         bias = rng.standard_normal(weight.shape[axis]).astype(np.float32)
@@ -399,16 +406,20 @@ def _chain(
             lines += _quantized_constants(i, weight, bias, axis, constants)
             w, b = f"wd{i}", f"bd{i}"
         else:
-            constants |= {w: weight, b: bias}
+            stored = bfloat16 if bf16 else np.float32
+            constants |= {w: weight.astype(stored), b: bias.astype(stored)}
         lines += [f"t{i} = {op} ({value}, {w}, {b})", f"r{i} = Relu (t{i})"]
         value = f"r{i}"
         if int8:
             lines += [f"q{i} = QuantizeLinear ({value}, s, z)",
                       f"d{i} = DequantizeLinear (q{i}, s, z)"]  # fmt: skip
             value = f"d{i}"
+    if bf16:
+        lines.append(f"f = Cast <to = 1> ({value})")
+        value = "f"
     lines.append(f"y = Relu ({value})")
     constants = {k: np.asarray(v) for k, v in constants.items()}
-    return _program(shape, shape, "\n".join(lines), constants)
+    return _program(shape, shape, "\n".join(lines), constants, 22 if bf16 else 20)
 
 
 def _quantized_constants(
@@ -426,16 +437,18 @@ def _quantized_constants(
             f"bd{i} = DequantizeLinear <axis = 0> (b{i}, bs{i}, bz{i})"]  # fmt: skip
 
 
-def _matmuls(m: int, n: int, k: int, pairs: int, rng: np.random.Generator, int8: bool) -> Program:
+def _matmuls(
+    m: int, n: int, k: int, pairs: int, rng: np.random.Generator, precision: str
+) -> Program:  # fmt: skip
     def layer(a: int, b: int) -> Layer:
         return "Gemm", (rng.standard_normal((a, b)) / np.sqrt(a)).astype(np.float32), 1
 
-    return _chain([layer(k, n), layer(n, k)] * pairs, (m, k), rng, int8)
+    return _chain([layer(k, n), layer(n, k)] * pairs, (m, k), rng, precision)
 
 
 def _convs(
     c: int, o: int, size: int, kernel: int, groups: int, pairs: int, rng: np.random.Generator,
-    int8: bool,
+    precision: str,
 ) -> Program:  # fmt: skip
     pad = ",".join([str(kernel // 2)] * 4)
     op = f"Conv <group = {groups}, kernel_shape = [{kernel},{kernel}], pads = [{pad}]>"
@@ -444,7 +457,7 @@ def _convs(
         shape = (b, a // groups, kernel, kernel)
         return op, (rng.standard_normal(shape) / np.sqrt(a * kernel)).astype(np.float32), 0
 
-    return _chain([layer(c, o), layer(o, c)] * pairs, (1, c, size, size), rng, int8)
+    return _chain([layer(c, o), layer(o, c)] * pairs, (1, c, size, size), rng, precision)
 
 
 def _attention_product(rows: int) -> Program:

@@ -54,7 +54,9 @@ class Offer:
 
     @property
     def site(self) -> tuple[str, str]:
-        return (self.pass_.name, self.candidate.site)
+        """What offers of which one at most is taken share: all reduced precisions of a site do."""
+        joint = self.pass_.stage is Stage.QUANTIZE
+        return ("" if joint else self.pass_.name, self.candidate.site)
 
     @property
     def rank(self) -> float:
@@ -114,7 +116,7 @@ class Planner:
         session = self.session
         offers = self._offers(base)
         self._place = {o.key: i for i, o in enumerate(offers)}
-        useful = sorted((o for o in offers if o.saving_us > 0), key=lambda o: (o.rank, o.key))
+        useful = sorted(_undominated(offers), key=lambda o: (o.rank, o.key))
         best = self._empty(base)
         if useful:
             best = self._finished(self._search(base, useful, best))
@@ -394,6 +396,27 @@ class Planner:
 
 def _kept(tuned: Sequence[Tuned]) -> list[Step]:
     return [(pass_, candidate) for pass_, candidate, *_, kept in tuned if kept]
+
+
+def _undominated(offers: Sequence[Offer]) -> list[Offer]:
+    """Offers that save time, less those for whose site another pass saves more for less damage.
+
+    What is left at such a site saves more the more it damages, so the deepest that fits is best.
+    """
+    useful = [o for o in offers if o.saving_us > 0]
+    best: dict[tuple[str, str], list[Offer]] = {}
+    for offer in useful:
+        best.setdefault(offer.site, []).append(offer)
+
+    def dominated(offer: Offer) -> bool:
+        return any(
+            other.pass_ is not offer.pass_
+            and (other.saving_us, -other.damage) > (offer.saving_us, -offer.damage)
+            and other.damage <= offer.damage
+            for other in best[offer.site]
+        )
+
+    return [o for o in useful if not dominated(o)]
 
 
 def _deepest(prefix: Sequence[Offer]) -> list[Offer]:

@@ -59,7 +59,8 @@ class Candidate:
 
     `site` names what is rewritten (a node, a value, a channel group, or "program") and `choice`
     what is done there; with the pass's name they are the candidate's identity, stable from run to
-    run. Candidates of a pass at the same site are alternatives: the planner takes at most one.
+    run. Candidates of a pass at the same site are alternatives, and so are those of all passes of
+    stage QUANTIZE: the planner takes at most one.
     `nodes` are the names of the nodes that the site covers.
 
     `exact` says that the rewrite keeps the function: then the core checks its outputs against the

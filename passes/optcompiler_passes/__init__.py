@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def optcompiler_passes() -> Iterable[type[Pass]]:
+    from optcompiler_passes.cast_bf16 import CastBf16
     from optcompiler_passes.distill import Distill
     from optcompiler_passes.fold_batchnorm import FoldBatchNorm
     from optcompiler_passes.fuse_operators import FuseOperators
@@ -24,6 +25,6 @@ def optcompiler_passes() -> Iterable[type[Pass]]:
     from optcompiler_passes.simplify import Simplify
 
     return [
-        Distill, FoldBatchNorm, FuseOperators, InsertQdq, MoveIntegers, PackWeights, PruneChannels,
-        PruneDeadChannels, Simplify,
+        CastBf16, Distill, FoldBatchNorm, FuseOperators, InsertQdq, MoveIntegers, PackWeights,
+        PruneChannels, PruneDeadChannels, Simplify,
     ]  # fmt: skip

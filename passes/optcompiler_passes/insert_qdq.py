@@ -77,6 +77,7 @@ class InsertQdq(Pass):
 
     name: ClassVar[str] = "insert-qdq"
     stage: ClassVar[Stage] = Stage.QUANTIZE
+    after: ClassVar[tuple[str, ...]] = ("cast-bf16",)
     summary: ClassVar[str] = "8-bit weights and activations where the target has integer kernels"
     time_limit_s: ClassVar[float] = math.inf
 
@@ -478,6 +479,9 @@ class Quantize:
         node = editor.nodes.get(self.site.node)
         if node is None:
             raise Declined(f"{self.site.node!r} is gone.")
+        for value in (*node.inputs[:1], *node.outputs):
+            if value is not None and value.dtype != ir.DataType.FLOAT:
+                raise Declined(f"{self.site.node!r} no longer works on floats.")
         for index, chain in self.site.chains:
             if dequantizer(node.inputs[index]) is None:
                 self._quantize_chain(editor, chain, node, index)

@@ -241,9 +241,7 @@ def test_what_follows_an_odd_row_does_not_reach_it(isa: str, tmp_path: Path) -> 
 
 
 def test_loops_over_bfloat16_are_vectors() -> None:
-    lowered = lower(
-        program("(bfloat16[64] x) => (bfloat16[64] y) { y = Tanh(x) }"), narrow=NARROW
-    )
+    lowered = lower(program("(bfloat16[64] x) => (bfloat16[64] y) { y = Tanh(x) }"), narrow=NARROW)
     from optcompiler_cpu.loops import print_loop
 
     [step] = lowered.steps
