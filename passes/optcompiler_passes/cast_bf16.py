@@ -250,8 +250,8 @@ def _weight(program: Program, value: ir.Value) -> ir.Value:
     assert value.const_value is not None
     array, name = _narrowed(value.const_value), f"{value.name}_bf16"
     known = program.graph.initializers.get(name)
-    held = known.const_value if known is not None else None
-    if known is not None and isinstance(held, ir.Tensor) and held.raw is array:
+    held = constant(known)
+    if known is not None and held is not None and np.may_share_memory(held, array):
         return known
     return program.add_weight(name, ir.Tensor(array, dtype=_NARROW, name=name))
 
