@@ -10,6 +10,7 @@ import pytest
 import torch
 from ml_dtypes import bfloat16
 
+import optcompiler as oc
 from optcompiler.damage import run_batches
 from optcompiler.lowering import lower
 from optcompiler.lowering.ir import Conv, Loop, MatMul
@@ -249,3 +250,41 @@ def test_loops_over_bfloat16_are_vectors() -> None:
     text = print_loop(step, ISAS["portable"]).text
     assert "vb_load(" in text
     assert "vb_store(" in text
+
+
+def encoder() -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3, padding=1, stride=2), torch.nn.ReLU(), torch.nn.Conv2d(32, 48, 3),
+        torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(48 * 36, 64), torch.nn.GELU(),
+        torch.nn.Linear(64, 10),
+    ).eval()  # fmt: skip
+    return module, torch.randn(8, 3, 16, 16)
+
+
+@pytest.mark.skipif(not supported(ISAS["avx512_bf16"]), reason="needs bfloat16 products")
+def test_a_compile_in_bf16_stays_inside_its_budget(tmp_path: Path) -> None:
+    module, x = encoder()
+    compiled = oc.compile(
+        module, (x[:4],), target=oc.Target("cpu", threads=1, isa="avx512_bf16"), precision="bf16",
+        calibration=[(x[:4],), (x[4:],)], budget=oc.Budget(max_damage=1e-3), damage="nmse",
+        timing=False,
+    )  # fmt: skip
+    taken = {r.site for r in compiled.ledger if r.pass_name == "cast-bf16" and r.outcome == "taken"}
+    assert len(taken) == 4
+    with torch.no_grad():
+        want = module(x[4:])
+    got = compiled(x[4:])
+    error = float(torch.mean((got - want) ** 2) / torch.mean(want**2))
+    assert 0 < error < 1e-3
+
+
+def test_a_target_without_instructions_does_not_offer_it() -> None:
+    backend = CpuBackend()
+    offered = {
+        isa: "bf16" in backend.capabilities(Target("cpu", isa=isa)).precisions for isa in ISAS
+    }
+    assert offered == {
+        "amx_int8": True, "avx512_bf16": True, "avx512_vnni": False, "avx2": False,
+        "portable": False,
+    }  # fmt: skip
