@@ -84,8 +84,8 @@ def compile(
     `model`: an nn.Module, ExportedProgram, fx.GraphModule, a .pt2 or .onnx path, an onnx
     ModelProto, an onnx_ir Model or a Program. `example_inputs`: a tuple, or a dict by name; not
     needed for ONNX. `precision`: "fp32" (exact passes only), a precision of the target such as
-    "int8" or "bf16", or "auto" (all that the target has). `calibration`: an iterable of inputs, a folder of
-    .npz files, or None.
+    "int8" or "bf16", or "auto" (all that the target has). `calibration`: an iterable of inputs, a
+    folder of .npz files, or None.
     `passes`: None for the default pipeline, else names (with options), passes, or "default".
     `dynamic`: dimensions that stay symbolic, see `frontend.import_model`. `damage`: "kl" or "nmse".
     `on_fault`: when a pass breaks its contract the compile begins again without it and with a
