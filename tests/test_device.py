@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from optcompiler import device
@@ -24,12 +25,13 @@ from tests.support import filled_program
 KNOWN = DeviceProfile(
     name="made up", backend="clockwork", threads=1,
     mac_rate={"gemm/fp32": ((1.0, 2e9),), "conv/fp32": ((1.0, 1e9),),
+              "gemm/bf16": ((1.0, 3e9),), "conv/bf16": ((1.0, 2e9),),
               "gemm/int8": ((1.0, 4e9),), "conv/int8": ((1.0, 3e9),)},
     flop_rate={"pointwise/fp32": ((1.0, 5e8),)}, bandwidth=((1.0, 8e9),),
     launch_us=4.0, overhead_us=25.0,
 )  # fmt: skip
 KINDS = {"MatMul": "gemm", "Gemm": "gemm", "Conv": "conv"}
-EPILOGUE = {"Relu", "QuantizeLinear", "DequantizeLinear", "Transpose"}
+EPILOGUE = {"Cast", "Relu", "QuantizeLinear", "DequantizeLinear", "Transpose"}
 TARGET = Target("clockwork", threads=1)
 
 
@@ -68,7 +70,7 @@ class Clockwork(Backend):
     nominal: DeviceProfile | None = None
 
     def capabilities(self, target: Target) -> Capabilities:
-        return Capabilities(frozenset({"fp32", "int8"}))
+        return Capabilities(frozenset({"fp32", "bf16", "int8"}))
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
         table = builtin_table()
@@ -81,7 +83,8 @@ class Clockwork(Backend):
             if node.op_type in KINDS:
                 made = node.inputs[1].producer() if node.inputs[1] is not None else None
                 int8 = made is not None and made.op_type == "DequantizeLinear"
-                kind, dtype = KINDS[node.op_type], "int8" if int8 else "fp32"
+                narrow = node.outputs[0].dtype == ir.DataType.BFLOAT16
+                kind, dtype = KINDS[node.op_type], "int8" if int8 else "bf16" if narrow else "fp32"
                 found.append(Kernel(str(node.name), kind, dtype, (), macs=work.macs))
                 continue
             flops = 0 if node.op_type == "Relu" else work.flops
@@ -165,7 +168,7 @@ def test_known_rates_are_recovered(clock: Clock) -> None:
 def test_probes_that_the_backend_refuses_are_left_out(clock: Clock) -> None:
     got = measure(Clockwork(clock, refused=frozenset({"Conv", "Erf"})), TARGET)
     assert got is not None
-    assert set(got.mac_rate) == {"gemm/fp32", "gemm/int8"}
+    assert set(got.mac_rate) == {"gemm/fp32", "gemm/bf16", "gemm/int8"}
 
 
 def test_what_cannot_be_timed_is_not_measured(clock: Clock) -> None:

@@ -376,6 +376,33 @@ def test_alternatives_are_priced_in_place_of_the_deepest() -> None:
     assert ("pricing candidates together", 3) in got.session.progress.tracked  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("limit", "taken"), [(1.0, {"a": "Abs", "b": "Abs"}), (0.5, {"a": "Neg", "b": "Abs"}),
+                         (0.125, {"a": "Neg", "b": "Neg"}), (0.05, {"a": "Neg", "b": "Relu"})],
+)  # fmt: skip
+def test_precisions_of_two_passes_compete_for_a_site(limit: float, taken: dict[str, str]) -> None:
+    """`halves` saves less for less damage, `bytes` more for more: the deepest that fits."""
+    halves = quantizer(swap("a", "Neg"), swap("b", "Neg"), name="halves")
+    bytes_ = quantizer(swap("a", "Abs"), swap("b", "Abs"), name="bytes")
+    damages = {("a", "Neg"): 0.05, ("b", "Neg"): 0.075, ("a", "Abs"): 0.5, ("b", "Abs"): 0.4}
+    got = plan(chain(a="Relu", b="Relu"), [halves, bytes_], damages, costs=QUANTIZED,
+               max_damage=limit)  # fmt: skip
+    assert operators(got.probe.program) == taken
+    if limit == 1.0:
+        assert got.rows["a", "Neg"].reason == OTHER
+
+
+def test_a_precision_that_another_beats_in_both_is_not_tried() -> None:
+    halves = quantizer(swap("a", "Abs"), name="halves")
+    bytes_ = quantizer(swap("a", "Neg"), swap("b", "Neg"), name="bytes")
+    damages = {("a", "Abs"): 0.1, ("a", "Neg"): 0.2, ("b", "Neg"): 0.1}
+    got = plan(chain(a="Relu", b="Relu"), [halves, bytes_], damages, costs=QUANTIZED,
+               max_damage=1.0)  # fmt: skip
+    assert operators(got.probe.program) == {"a": "Abs", "b": "Neg"}
+    row = got.rows["a", "Neg"]
+    assert (row.pass_name, row.outcome, row.reason) == ("bytes", REJECTED, OTHER)
+
+
 def test_reductions_are_priced_alone_beside_reduced_precision() -> None:
     reduce_ = paper_pass([swap("c", "Neg")], "reduce")
     got = plan(chain(a="Relu", b="Relu", c="Relu"),
