@@ -11,7 +11,7 @@ from optcompiler.lowering.build import map_views
 from optcompiler.lowering.core import Lowering, Rule
 from optcompiler.lowering.covered import repeats_elements
 from optcompiler.lowering.expand import Facts
-from optcompiler.lowering.expressions import call, cast
+from optcompiler.lowering.expressions import call, cast, is_extreme
 from optcompiler.lowering.flatten import site_of
 from optcompiler.lowering.ir import (
     Accumulator,
@@ -87,9 +87,9 @@ def lower_arg_extreme(low: Lowering, node: ir.Node) -> None:
         axes=(axis,), value=value,
     )  # fmt: skip
     last = bool(attributes.get("select_last_index"))
-    equal = call("eq", value, Load(value.dtype, best.broadcast(space)))
+    found = is_extreme(value, Load(value.dtype, best.broadcast(space)))
     missing = Const("INT64", -1 if last else space[axis])
-    place = call("where", equal, Index("INT64", axis), missing)
+    place = call("where", found, Index("INT64", axis), missing)
     dense = low.destination(out, None)
     view = dense.reshape(kept)
     assert view is not None

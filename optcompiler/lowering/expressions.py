@@ -22,7 +22,7 @@ OPERATIONS: Mapping[str, int] = {
     "atanh": 1, "band": 2, "bor": 2, "bxor": 2, "bnot": 1, "shl": 2, "shr": 2, "bits": 1, "open": 1,
 }  # fmt: skip
 """Arity by operation. "div" truncates and "mod" has the divisor's sign on integers; "round" rounds
-half to even; "min" and "max" of floats may return either operand when one is NaN; "where" takes
+half to even; "min" and "max" of floats are NaN when an operand is; "where" takes
 (condition, then, else). "band" to "bnot" and the shifts work on the bits of integers, "bits" reads
 those of a value as a type of the same size; "open" is a cast to a float of 8 bits that does not end
 at its largest number."""
@@ -44,6 +44,12 @@ Builder = Callable[[Sequence[Expr], Mapping[str, Any]], Expr]
 def call(op: str, *args: Expr) -> Expr:
     """`op` on `args`; the type is BOOL for a predicate, else that of the last argument."""
     return Call("BOOL" if op in BOOLEAN else args[-1].dtype, op, args)
+
+
+def is_extreme(value: Expr, extreme: Expr) -> Expr:
+    """Whether `value` is the minimum or maximum that was found: equal, or NaN as it is then."""
+    equal = call("eq", value, extreme)
+    return call("or", equal, call("isnan", value)) if value.dtype in REAL else equal
 
 
 def cast(arg: Expr, dtype: str) -> Expr:

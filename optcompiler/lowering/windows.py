@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from optcompiler.lowering.build import map_views, reshaped
 from optcompiler.lowering.core import Lowering
-from optcompiler.lowering.expressions import SMALL, call, cast, number
+from optcompiler.lowering.expressions import SMALL, call, cast, is_extreme, number
 from optcompiler.lowering.ir import (
     Accumulator,
     Const,
@@ -201,8 +201,8 @@ def pool(low: Lowering, node: ir.Node) -> None:
     assert tall is not None
     reduction_step(low, node, tall, cast(start, dtype), "max", space, axes, value)
     low.exprs[out] = Load(dtype, best)
-    equal = call("eq", value, cast(Load(dtype, tall.broadcast(space)), work))
-    place = call("where", equal, _place(windows, shape, attributes), NOWHERE)
+    found = is_extreme(value, cast(Load(dtype, tall.broadcast(space)), work))
+    place = call("where", found, _place(windows, shape, attributes), NOWHERE)
     where = low.destination(indices, row_major(shape))
     tall = where.reshape(kept)
     assert tall is not None

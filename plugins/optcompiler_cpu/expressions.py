@@ -17,7 +17,7 @@ from optcompiler.lowering.ir import (
     View,
     walk,
 )
-from optcompiler_cpu.scalars import LIMITS
+from optcompiler_cpu.scalars import LIMITS, is_number
 
 NARROW = frozenset({"UINT8", "INT8", "INT32"})
 WIDENED = frozenset({"FLOAT", "BFLOAT16"})
@@ -300,6 +300,11 @@ class VectorPrinter:
                 return f"vm_{expr.op}({', '.join(names)})", level
             case "min" | "max" if expr.dtype in NARROW:
                 return f"vi_{expr.op}({', '.join(names)})", level
+            case "min" | "max" if any(map(is_number, expr.args)):
+                first, second = reversed(names) if is_number(expr.args[1]) else names
+                return f"vf_{expr.op}({first}, {second})", level
+            case "min" | "max":
+                return f"vf_{expr.op}_nan({', '.join(names)})", level
             case _:
                 return f"vf_{expr.op}({', '.join(names)})", level
 

@@ -7,7 +7,7 @@ from optcompiler_cpu.code import KernelCode, Pointers
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.loops import element, function, scalar_printer
 from optcompiler_cpu.nest import SERIAL_ELEMENTS, nest_of, outer_loops
-from optcompiler_cpu.scalars import c_type, loaded, stored
+from optcompiler_cpu.scalars import REAL, c_type, loaded, stored
 
 
 def print_scatter(step: Scatter, isa: Isa) -> KernelCode:
@@ -20,9 +20,10 @@ def print_scatter(step: Scatter, isa: Isa) -> KernelCode:
     value = printer.print(step.value)
     target = f"{out}[{step.out.offset}L + at]"
     kind = c_type(step.value.dtype)
+    nan = " || x != x" if step.value.dtype in REAL else ""
     combined = {
-        "none": "x", "add": "old + x", "mul": "old * x", "min": "x < old ? x : old",
-        "max": "x > old ? x : old",
+        "none": "x", "add": "old + x", "mul": "old * x", "min": f"x < old{nan} ? x : old",
+        "max": f"x > old{nan} ? x : old",
     }[step.op]  # fmt: skip
     after = scalar_printer(pointers, nest, "result")
     result = after.print(step.epilogue)

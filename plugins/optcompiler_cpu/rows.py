@@ -224,11 +224,11 @@ def print_normalization(step: Normalization, isa: Isa) -> KernelCode:
 STARTS = {"sum": "0", "mean": "0", "sumsq": "0", "prod": "1", "max": "-INFINITY", "min": "INFINITY"}
 FOLDS = {
     "sum": "vf_add(acc, {0})", "mean": "vf_add(acc, {0})", "sumsq": "vf_fma({0}, {0}, acc)",
-    "prod": "vf_mul(acc, {0})", "max": "vf_max(acc, {0})", "min": "vf_min(acc, {0})",
+    "prod": "vf_mul(acc, {0})", "max": "vf_max_nan(acc, {0})", "min": "vf_min_nan(acc, {0})",
 }  # fmt: skip
 ACROSS = {
-    "sum": "vf_sum", "mean": "vf_sum", "sumsq": "vf_sum", "prod": "vf_hprod", "max": "vf_hmax",
-    "min": "vf_hmin",
+    "sum": "vf_sum", "mean": "vf_sum", "sumsq": "vf_sum", "prod": "vf_hprod", "max": "vf_hmax_nan",
+    "min": "vf_hmin_nan",
 }  # fmt: skip
 
 
@@ -311,11 +311,12 @@ def _scalar_reduction(step: Reduction) -> KernelCode:
     kind = c_type(step.value.dtype)
     value = scalar_printer(pointers, full)
     name = value.print(step.value)
+    nan = f" || {name} != {name}" if step.value.dtype in REAL else ""
     update = {
         "sum": f"acc += {name};", "mean": f"acc += {name};", "sumsq": f"acc += {name} * {name};",
         "prod": f"acc *= {name};",
-        "max": f"if ({name} > acc) acc = {name};",
-        "min": f"if ({name} < acc) acc = {name};",
+        "max": f"if ({name} > acc{nan}) acc = {name};",
+        "min": f"if ({name} < acc{nan}) acc = {name};",
     }[step.op]  # fmt: skip
     small = Nest(full.axes, step.out.shape)
     count = product(tuple(step.space[a] for a in step.axes))

@@ -165,7 +165,10 @@ class ScalarPrinter:
                 return self._bits(expr, a[0])
             case "min" | "max":
                 sign = "<" if expr.op == "min" else ">"
-                return f"{a[0]} {sign} {a[1]} ? {a[0]} : {a[1]}"
+                if is_number(expr.args[1]):
+                    a.reverse()
+                nan = f" || {a[0]} != {a[0]}" if real and not any(map(is_number, expr.args)) else ""
+                return f"{a[0]} {sign} {a[1]}{nan} ? {a[0]} : {a[1]}"
             case "div" if real:
                 return f"{a[0]} / {a[1]}"
             case "mod" if real:
@@ -183,6 +186,8 @@ class ScalarPrinter:
                     return f"fabs{f}({a[0]})"
                 wide = f"({WIDE[dtype]})" if dtype in WIDE else ""
                 return f"({kind})({a[0]} < 0 ? 0 - {wide}{a[0]} : {wide}{a[0]})"
+            case "sign" if real:
+                return f"{a[0]} != {a[0]} ? {a[0]} : ({kind})(({a[0]} > 0) - ({a[0]} < 0))"
             case "sign":
                 return f"({kind})(({a[0]} > 0) - ({a[0]} < 0))"
             case "reciprocal":
@@ -210,6 +215,12 @@ INFIX = {
     "add": "+", "sub": "-", "mul": "*", "eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
     "and": "&", "or": "|", "xor": "^", "band": "&", "bor": "|", "bxor": "^",
 }  # fmt: skip
+
+
+def is_number(expr: Expr) -> bool:
+    """Whether it is a constant and not NaN: a comparison chooses the other operand for being NaN
+    when that comes second."""
+    return isinstance(expr, Const) and expr.value == expr.value
 
 
 def literal(expr: Const) -> str:

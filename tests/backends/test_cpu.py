@@ -374,6 +374,54 @@ def test_windows_that_would_start_in_the_padding_are_left_out(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("dtype", ["float", "double"])
+def test_nan_passes_through_minima_and_maxima(dtype: str, isa: str, tmp_path: Path) -> None:
+    """Elements and rows, by vectors for floats (whole ones and what is left) and one by one."""
+    body = """(T[3, 21] x, T[3, 21] z) => (T[3, 21] relu, T[3, 21] clip, T[3, 21] most,
+              T[3, 21] least, T[3, 21] bound, T[3, 1] top, T[1, 21] low, int64[3, 1] at) {
+        relu = Relu(x)
+        clip = Clip(x, a, b)
+        most = Max(x, z)
+        least = Min(x, a, z)
+        bound = Clip(x, c)
+        top = ReduceMax(x, one)
+        low = ReduceMin(x, zero)
+        at = ArgMax<axis = 1>(x)
+    }"""
+    kind = np.float32 if dtype == "float" else np.float64
+    source = program(
+        body.replace("T[", f"{dtype}["), a=np.array(-1, kind), b=np.array(1, kind),
+        c=np.array(float("-inf"), kind), one=np.array([1]), zero=np.array([0]),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    inputs = {k: rng.standard_normal((3, 21)).astype(kind) for k in ("x", "z")}
+    x, z = inputs["x"], inputs["z"]
+    x[0, [0, 3]] = x[1, 19] = z[0, [0, 4]] = z[2, 20] = np.nan
+    relu, clip, most, least, bound, top, low, at = compiled(source, tmp_path, isa, inputs)
+    np.testing.assert_array_equal(relu, np.maximum(x, 0))
+    np.testing.assert_array_equal(clip, np.clip(x, -1, 1))
+    np.testing.assert_array_equal(most, np.maximum(x, z))
+    np.testing.assert_array_equal(least, np.minimum(np.minimum(x, -1), z))
+    np.testing.assert_array_equal(bound, x)
+    np.testing.assert_array_equal(top, x.max(1, keepdims=True))
+    np.testing.assert_array_equal(low, x.min(0, keepdims=True))
+    np.testing.assert_array_equal(at, x.argmax(1)[:, None])
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_nan_passes_through_the_epilogue_of_a_product(isa: str, tmp_path: Path) -> None:
+    source = program(
+        """(float[5, 7] x) => (float[5, 19] y) { m = MatMul(x, w) r = Relu(m) y = Min(r, six) }""",
+        w=(7, 19), six=np.array(6, np.float32),
+    )  # fmt: skip
+    x = np.ones((5, 7), np.float32)
+    x[2, 3] = np.nan
+    (y,) = compiled(source, tmp_path, isa, {"x": x})
+    np.testing.assert_array_equal(np.isnan(y).all(1), np.isnan(x).any(1))
+    assert np.isnan(y).sum() == 19
+
+
+@pytest.mark.parametrize("isa", HERE)
 def test_functions_are_accurate_and_pass_on_what_is_not_finite(isa: str, tmp_path: Path) -> None:
     names = ("Exp", "Log", "Tanh", "Erf", "Sigmoid")
     size = 4007

@@ -370,6 +370,12 @@ INLINE vm vm_set(int x) { return x ? vf_eq(vf_set(0), vf_set(0)) : vf_lt(vf_set(
 INLINE vf vm_float(vm m) { return vf_where(m, vf_set(1.0f), vf_set(0.0f)); }
 INLINE vf vf_neg(vf a) { return vf_sub(vf_set(-0.0f), a); }
 INLINE vf vf_reciprocal(vf a) { return vf_div(vf_set(1.0f), a); }
+/* vf_min and vf_max give the second operand where one is NaN; these give NaN. */
+INLINE vf vf_min_nan(vf a, vf b) { return vf_where(vf_isnan(a), a, vf_min(a, b)); }
+INLINE vf vf_max_nan(vf a, vf b) { return vf_where(vf_isnan(a), a, vf_max(a, b)); }
+INLINE float vf_any_nan(vf a) { return vf_sum(vf_where(vf_isnan(a), a, vf_set(-0.0f))); }
+INLINE float vf_hmin_nan(vf a) { return vf_hmin(a) + vf_any_nan(a); }
+INLINE float vf_hmax_nan(vf a) { return vf_hmax(a) + vf_any_nan(a); }
 INLINE float vf_hprod(vf a) { float t[VL], m; vf_store(t, a); m = t[0]; for (int i = 1; i < VL; ++i) m *= t[i]; return m; }
 
 /* bfloat16 (vb), 16 bits in memory and a vf elsewhere. Stores round to nearest, halves to even;
