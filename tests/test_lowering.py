@@ -178,6 +178,7 @@ CALLS: dict[str, Any] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum,
     "min": np.minimum, "cast": lambda x: x, "tanh": np.tanh, "exp": np.exp, "sqrt": np.sqrt,
     "erf": np.vectorize(math.erf, otypes=[np.float32]), "isnan": np.isnan, "where": np.where,
+    "gelu": lambda x: x / 2 * (1 + CALLS["erf"](x / math.sqrt(2))),
     "lt": np.less, "ge": np.greater_equal, "le": np.less_equal, "and": np.logical_and,
 }  # fmt: skip
 

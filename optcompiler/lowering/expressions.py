@@ -19,13 +19,14 @@ OPERATIONS: Mapping[str, int] = {
     "isnan": 1, "isinf": 1, "eq": 2, "lt": 2, "le": 2, "gt": 2, "ge": 2,
     "and": 2, "or": 2, "xor": 2, "not": 1, "where": 3, "cast": 1,
     "tan": 1, "asin": 1, "acos": 1, "atan": 1, "sinh": 1, "cosh": 1, "asinh": 1, "acosh": 1,
-    "atanh": 1, "band": 2, "bor": 2, "bxor": 2, "bnot": 1, "shl": 2, "shr": 2, "bits": 1, "open": 1,
+    "atanh": 1, "gelu": 1, "gelu_tanh": 1, "band": 2, "bor": 2, "bxor": 2, "bnot": 1, "shl": 2,
+    "shr": 2, "bits": 1, "open": 1,
 }  # fmt: skip
 """Arity by operation. "div" truncates and "mod" has the divisor's sign on integers; "round" rounds
 half to even; "min" and "max" of floats are NaN when an operand is; "where" takes
 (condition, then, else). "band" to "bnot" and the shifts work on the bits of integers, "bits" reads
 those of a value as a type of the same size; "open" is a cast to a float of 8 bits that does not end
-at its largest number."""
+at its largest number. "gelu" and "gelu_tanh" are of FLOAT alone."""
 
 REAL = frozenset({
     "FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2",
@@ -95,6 +96,8 @@ def clip(x: Expr, low: Expr | None, high: Expr | None) -> Expr:
 
 def gelu(args: Sequence[Expr], attributes: Mapping[str, Any]) -> Expr:
     x = args[0]
+    if x.dtype == "FLOAT":
+        return call("gelu_tanh" if attributes.get("approximate") == "tanh" else "gelu", x)
     half = call("mul", number(0.5, x), x)
     if attributes.get("approximate") == "tanh":
         cube = call("mul", call("mul", x, x), x)

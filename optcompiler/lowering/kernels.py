@@ -26,7 +26,10 @@ from optcompiler.lowering.ir import (
     walk,
 )
 
-TRANSCENDENTAL = {"exp": 8, "log": 8, "erf": 12, "tanh": 12, "sigmoid": 12, "pow": 20, "div": 4}
+TRANSCENDENTAL = {
+    "exp": 8, "log": 8, "erf": 12, "tanh": 12, "sigmoid": 12, "gelu": 14, "gelu_tanh": 14,
+    "pow": 20, "div": 4,
+}  # fmt: skip
 """Arithmetic weight of an operation, where it is not 1."""
 
 

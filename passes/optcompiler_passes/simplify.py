@@ -28,6 +28,7 @@ from optcompiler_passes._folding import (
     TOTAL_GROWTH_BYTES,
     FoldingPolicy,
 )
+from optcompiler_passes._gelu import as_gelu
 from optcompiler_passes._regions import is_constant, is_op, same_shape
 
 ROUNDS = 8
@@ -62,6 +63,8 @@ class Simplify(Pass):
        nothing uses are removed.
     6. An If of a constant condition becomes its branch; a Loop that is known to run no iteration
        gives back what went in. Other control flow, sequences and strings stay as they are.
+    7. Gelu spelled out with Erf or Tanh becomes the operator, from opset 20 on, in float: it is
+       computed in fewer steps, and passes know its range.
 
     Inputs and outputs keep names, types and shapes; values and nodes that survive keep their names.
     Changes nothing where there is nothing to do.
@@ -138,6 +141,7 @@ def _round(program: Program, policy: FoldingPolicy) -> bool:
             _without_scatter(node)
             _as_one_transpose(program, node)
             _without_nan_guard(node)
+            as_gelu(program, node)
     ir_passes.RemoveUnusedNodesPass()(model)
     return before != [node_fingerprint(n) for n in program.graph]
 

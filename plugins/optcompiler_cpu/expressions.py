@@ -25,8 +25,8 @@ WIDENED = frozenset({"FLOAT", "BFLOAT16"})
 
 FLOAT_OPS = frozenset({
     "add", "sub", "mul", "div", "pow", "min", "max", "neg", "abs", "sign", "sqrt", "exp", "log",
-    "erf", "tanh", "sigmoid", "sin", "cos", "floor", "ceil", "round", "reciprocal", "isnan",
-    "isinf", "eq", "lt", "le", "gt", "ge", "where",
+    "erf", "tanh", "sigmoid", "gelu", "gelu_tanh", "sin", "cos", "floor", "ceil", "round",
+    "reciprocal", "isnan", "isinf", "eq", "lt", "le", "gt", "ge", "where",
 })  # fmt: skip
 PLAIN = (0.0, 1.0, -1.0, 0.5, 2.0)
 """Constants that stay in the code; others are parameters, so that like kernels share code."""

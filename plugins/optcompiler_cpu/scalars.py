@@ -194,6 +194,11 @@ class ScalarPrinter:
                 return f"1 / {a[0]}"
             case "sigmoid":
                 return f"1 / (1 + exp{f}(-{a[0]}))"
+            case "gelu":
+                return f"0.5f * {a[0]} * (1 + erff(0.70710678f * {a[0]}))"
+            case "gelu_tanh":
+                inner = f"0.79788456f * ({a[0]} + 0.044715f * {a[0]} * {a[0]} * {a[0]})"
+                return f"0.5f * {a[0]} * (1 + tanhf({inner}))"
             case "round":
                 return f"nearbyint{f}({a[0]})"
             case "isnan" | "isinf":

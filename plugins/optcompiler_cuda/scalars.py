@@ -52,6 +52,11 @@ SPELLINGS: Mapping[str, Callable[..., str]] = {
     "log": lambda x: f"tl.log({x})",
     "erf": lambda x: f"tl.erf({x})",
     "tanh": lambda x: f"(1.0 - 2.0 / (tl.exp(2.0 * {x}) + 1.0))",
+    "gelu": lambda x: f"(0.5 * {x} * (1.0 + tl.erf(0.7071067811865476 * {x})))",
+    # with u = 2·sqrt(2 / pi)·(x + 0.044715·x³), x·sigmoid(u)
+    "gelu_tanh": lambda x: (
+        f"({x} / (1.0 + tl.exp(-1.5957691216057308 * {x} * (1.0 + 0.044715 * {x} * {x}))))"
+    ),
     "sigmoid": lambda x: f"(1.0 / (1.0 + tl.exp(-{x})))",
     "sin": lambda x: f"tl.sin({x})",
     "cos": lambda x: f"tl.cos({x})",

@@ -138,11 +138,18 @@ def attention(g: Graph, d: Draw) -> Any:
 
 
 def gelu(g: Graph, d: Draw) -> Any:
-    """The Erf form of Gelu, or x · sigmoid(x)."""
+    """The Erf and the Tanh form of Gelu, or x · sigmoid(x)."""
     x = g.find(d)
-    if d.chance(40):
+    way = d.integer(0, 2)
+    if way == 0:
         return g.add("Mul", x, g.add("Sigmoid", x))
-    inner = g.add("Erf", g.add("Div", x, g.weight(np.asarray(np.sqrt(2)), shared=False)))
+    if way == 1:
+        inner = g.add("Erf", g.add("Div", x, g.weight(np.asarray(np.sqrt(2)), shared=False)))
+    else:
+        cube = g.add("Mul", x, g.add("Mul", x, x))
+        small = g.add("Mul", g.weight(np.asarray(0.044715), shared=False), cube)
+        root = g.weight(np.asarray(np.sqrt(2 / np.pi)), shared=False)
+        inner = g.add("Tanh", g.add("Mul", g.add("Add", x, small), root))
     half = g.add("Mul", x, g.weight(np.asarray(0.5), shared=False))
     return g.add("Mul", half, g.add("Add", inner, g.weight(np.ones(()), shared=False)))
 

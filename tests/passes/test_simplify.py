@@ -7,6 +7,7 @@ import pytest
 from optcompiler.program import Program
 from optcompiler.rewriting import apply_candidate
 from optcompiler_passes._folding import FoldingPolicy
+from optcompiler_passes._gelu import as_gelu
 from optcompiler_passes.simplify import Simplify, interval
 from tests.support import apply_all, assert_close, op_types, proposals, random_inputs, run_onnx
 
@@ -416,3 +417,65 @@ def test_export_of_a_module_with_attention(tmp_path):
     assert_close(run_onnx(after, inputs), run_onnx(before, inputs), 1e-5)
     assert patch.before is before
     assert left_alone(after)
+
+
+NUMBERS = """float half = {0.5}, float one = {1.0}, float two = {2.0}, float three = {3.0},
+ float c = {0.044715}, float root = {0.7978845608028654}, float down = {0.70710678},
+ float sqrt2 = {1.4142135}, float other = {0.05}"""
+BELLS = {
+    "tanh": """p = Pow (x, three) q = Mul (c, p) i = Add (x, q) j = Mul (root, i)
+        b = Tanh (j)""",
+    "tanh of products": """s = Mul (x, x) p = Mul (s, x) q = Mul (p, c) i = Add (q, x)
+        j = Mul (i, root) b = Tanh (j)""",
+    "tanh of a factor": """s = Pow (x, two) q = Mul (s, c) i = Add (q, one) r = Mul (root, x)
+        j = Mul (r, i) b = Tanh (j)""",
+    "erf of a product": "j = Mul (down, x) b = Erf (j)",
+    "erf of a quotient": "j = Div (x, sqrt2) b = Erf (j)",
+}
+ENDS = (
+    "h = Mul (half, x) u = Add (one, b) y = Mul (h, u)",
+    "u = Add (b, one) h = Mul (x, u) y = Mul (h, half)",
+    "u = Add (b, one) h = Mul (u, half) y = Mul (h, x)",
+    "h = Div (x, two) k = Mul (h, b) y = Add (h, k)",
+)
+
+
+def spelled(body: str, shape: str = "2, 3") -> str:
+    return (
+        f"agraph (float[{shape}] z) => (float[{shape}] o) <{NUMBERS}> "
+        f"{{ x = Mul (z, three) {body} o = Sin (y) }}"
+    )
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("bell", BELLS)
+def test_gelu_in_any_spelling_is_the_operator(bell: str, end: str):
+    after = simplified(spelled(f"{BELLS[bell]} {end}"))
+    assert op_types(after) == ["Mul", "Gelu", "Sin"]
+    (gelu,) = [n for n in after.graph if n.op_type == "Gelu"]
+    form = "tanh" if bell.startswith("tanh") else "none"
+    assert gelu.attributes["approximate"].as_string() == form
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        BELLS["tanh"].replace("(c, p)", "(other, p)") + ENDS[0],
+        BELLS["tanh"].replace("three", "two") + ENDS[0],
+        BELLS["erf of a product"].replace("down", "half") + ENDS[0],
+        BELLS["erf of a product"] + ENDS[0].replace("(half, x)", "(half, z)"),
+        BELLS["erf of a product"] + ENDS[0].replace("(one, b)", "(two, b)"),
+        BELLS["erf of a product"] + ENDS[0].replace("y = ", "v = ") + "y = Mul (v, b)",
+    ],
+)
+def test_what_is_nearly_gelu_stays(body: str):
+    assert "Gelu" not in op_types(simplified(spelled(body)))
+
+
+@pytest.mark.parametrize(("opset", "dtype"), [(18, "float"), (20, "double")])
+def test_gelu_of_an_older_opset_or_another_type_stays(opset: int, dtype: str):
+    before = program(spelled(BELLS["erf of a product"] + ENDS[0]).replace("float", dtype))
+    before.graph.opset_imports[""] = opset
+    (bell,) = [n for n in before.graph if n.op_type == "Erf"]
+    as_gelu(before, bell)
+    assert "Gelu" not in op_types(before)

@@ -497,6 +497,38 @@ INLINE vf vf_erf(vf x) {
   q = vf_fma(q, s, vf_set(-1.42647390514189e-02f));
   return vf_where(vf_isnan(x), x, vf_div(vf_mul(t, p), q));
 }
+/* x·(1/2 + odd rational of degree 9 over 10, clamped where that is 1/2): error below 3e-7·max(1, |x|). */
+INLINE vf vf_gelu(vf x) {
+  vf t = vf_min(vf_max(x, vf_set(-5.158f)), vf_set(5.158f)), s = vf_mul(t, t);
+  vf p = vf_set(7.716554137e-06f);
+  p = vf_fma(p, s, vf_set(4.230838385e-04f));
+  p = vf_fma(p, s, vf_set(6.200288422e-03f));
+  p = vf_fma(p, s, vf_set(5.910646915e-02f));
+  p = vf_fma(p, s, vf_set(3.989409506e-01f));
+  vf q = vf_set(6.378613193e-07f);
+  q = vf_fma(q, s, vf_set(1.534298208e-04f));
+  q = vf_fma(q, s, vf_set(3.317450406e-03f));
+  q = vf_fma(q, s, vf_set(4.303936288e-02f));
+  q = vf_fma(q, s, vf_set(3.148060143e-01f));
+  q = vf_fma(q, s, vf_set(1.0f));
+  return vf_mul(x, vf_add(vf_set(0.5f), vf_div(vf_mul(t, p), q)));
+}
+/* The tanh form: x·(1/2 + odd rational of degree 9 over 10); error below 3e-7·max(1, |x|). */
+INLINE vf vf_gelu_tanh(vf x) {
+  vf t = vf_min(vf_max(x, vf_set(-4.934f)), vf_set(4.934f)), s = vf_mul(t, t);
+  vf p = vf_set(4.728569365e-06f);
+  p = vf_fma(p, s, vf_set(1.787124056e-04f));
+  p = vf_fma(p, s, vf_set(3.775635501e-03f));
+  p = vf_fma(p, s, vf_set(3.823772073e-02f));
+  p = vf_fma(p, s, vf_set(3.989416659e-01f));
+  vf q = vf_set(4.521852759e-07f);
+  q = vf_fma(q, s, vf_set(7.782109606e-05f));
+  q = vf_fma(q, s, vf_set(1.512743998e-03f));
+  q = vf_fma(q, s, vf_set(2.801077813e-02f));
+  q = vf_fma(q, s, vf_set(2.633311450e-01f));
+  q = vf_fma(q, s, vf_set(1.0f));
+  return vf_mul(x, vf_add(vf_set(0.5f), vf_div(vf_mul(t, p), q)));
+}
 INLINE vf vf_sigmoid(vf x) { return vf_reciprocal(vf_add(vf_set(1.0f), vf_exp(vf_neg(x)))); }
 INLINE vf vf_sign(vf x) {
   vf y = vf_sub(vm_float(vf_lt(vf_set(0.0f), x)), vm_float(vf_lt(x, vf_set(0.0f))));
