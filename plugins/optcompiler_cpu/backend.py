@@ -124,7 +124,8 @@ class CpuBackend(Backend):
         (directory / "src").mkdir()
         for path, text in (*module.sources.items(), *package(module, isa).items()):
             (directory / path).write_text(text, encoding="utf-8")
-        (directory / f"{name}.weights").write_bytes(module.weights)
+        with (directory / f"{name}.weights").open("wb") as file:
+            file.writelines(module.weights)
         build(
             directory, module.units, (f"-D{isa.macro}", *isa.flags), f"lib{name}.so",
             f"lib{name}.a",

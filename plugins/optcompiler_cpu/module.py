@@ -85,11 +85,11 @@ PRINTERS: Mapping[type[Step], Callable[[Any, Isa], KernelCode]] = {
 
 @dataclass(frozen=True)
 class Module:
-    """Texts by path, the `weights` file's bytes, and the steps' names in order."""
+    """Texts by path, the `weights` file's bytes in parts, and the steps' names in order."""
 
     name: str
     sources: Mapping[str, str]
-    weights: bytes
+    weights: Sequence[bytes]
     steps: tuple[str, ...]
 
     @property
@@ -118,11 +118,13 @@ class Blob:
             self.size += len(data)
         return known
 
-    def finish(self) -> tuple[bytes, bytes]:
-        """(file contents, identification)."""
-        body = b"".join(self.parts[1:])
-        mark = b"OCWEIGHT" + hashlib.sha256(body).digest()[:24]
-        return mark.ljust(ALIGNMENT, b"\0") + body, mark
+    def finish(self) -> tuple[list[bytes], bytes]:
+        """(parts of the file in order, identification)."""
+        digest = hashlib.sha256()
+        for part in self.parts[1:]:
+            digest.update(part)
+        mark = b"OCWEIGHT" + digest.digest()[:24]
+        return [mark.ljust(ALIGNMENT, b"\0"), *self.parts[1:]], mark
 
 
 def print_module(
@@ -175,7 +177,7 @@ def print_module(
             f"enum {{ INPUTS = {len(lowered.inputs)}, OUTPUTS = {len(lowered.outputs)} }};",
             f"#define ARENA_SIZE {arena}UL",
             f"#define SCRATCH {scratch}UL",
-            f"#define WEIGHTS_SIZE {len(weights)}",
+            f"#define WEIGHTS_SIZE {sum(map(len, weights))}",
             f"static const unsigned char weights_id[] = {{{', '.join(map(str, mark))}}};",
             f"static const struct ref refs[] = {{{', '.join(refs) or '{0, 0}'}}};",
             "static const struct step steps[] = {",

@@ -98,7 +98,7 @@ def checked(
     (place / "code" / "src").mkdir(parents=True)
     for path, text in {**module.sources, **package(module, ISAS[isa])}.items():
         (place / "code" / path).write_text(edit(text))
-    (place / "code" / "net.weights").write_bytes(module.weights)
+    (place / "code" / "net.weights").write_bytes(b"".join(module.weights))
     (place / "reference.bin").write_bytes(reference)
     build = place / "build"
     return subprocess.run(
