@@ -53,6 +53,11 @@ class Budget:
             return self.max_damage
         return float("inf") if self.max_drop is not None else DEFAULT_MAX_DAMAGE
 
+    @property
+    def allows_loss(self) -> bool:
+        """Whether the user says what may be lost, rather than the default limit."""
+        return self.metric is not None or self.max_damage is not None
+
     def drop(self, teacher: float, student: float) -> float:
         """How much worse `student` scores, positive when worse."""
         return teacher - student if self.larger_is_better else student - teacher

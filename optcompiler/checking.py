@@ -48,6 +48,7 @@ _PAIR = {"before?": NUMBER, "after?": NUMBER}
 MEASUREMENTS_FORM: Form = {
     "predicted_us?": NUMBER, "measured_us?": NUMBER, "baseline_us?": NUMBER,
     "baseline_predicted_us?": NUMBER, "damage?": _SPELLED, "damage_measure?": str,
+    "damage_data?": str,
     "metric?": {"teacher?": _SPELLED, "student?": _SPELLED, "drop?": _SPELLED},
     "macs?": _PAIR, "size_bytes?": _PAIR, "compile_seconds?": {"*": NUMBER},
     "gates?": [{"name?": str, "limit?": _SPELLED, "value?": _SPELLED}],

@@ -51,6 +51,11 @@ if TYPE_CHECKING:
 WEIGHING_SAMPLES = 8
 """Samples on which one candidate alone is damaged; the plan as a whole is judged on all."""
 
+UNJUDGED = (
+    "no calibration data to measure damage on; pass calibration=batches, or a budget with "
+    "max_damage to measure it on the example inputs"
+)
+
 DEFAULT_COST_MODEL = "roofline"
 
 Precision = str
@@ -136,6 +141,8 @@ class Job:
     options: dict[str, Any]
     registry: Registry
     batches: list[Batch]
+    data: str
+    """What damage is measured on, in words."""
     seal: Seal
     lock: Lock | None
     made_from: dict[str, Any]
@@ -169,7 +176,7 @@ class Job:
             raise InputError(f"target {target}: its artifacts have no name; leave name= out.")
         capabilities = backend.capabilities(target)
         precisions = allowed_precisions(precision, capabilities, target)
-        chosen = pipeline.resolve(passes, registry)
+        chosen = pipeline.resolve(passes, registry, lossy=precision != "fp32")
         owners = {p.name: registry.owner_of_pass(p) for p in chosen}
         pricing = registry.cost_model(cost_model)
         imported = import_model(model, example_inputs, dynamic=dynamic)
@@ -233,10 +240,12 @@ class Job:
         session.context = replace(context, price_us=session.price_us)
         gone = {f.pass_name for f in session.quarantined_before()}
         chosen = [p for p in chosen if p.name not in gone]
+        data = "random inputs" if example_inputs is None else "example inputs"
+        data = "calibration data" if batches else data
         seal = Seal([*batches, *tune, *holdout, check], teacher)
         job = cls(
-            session, signature, chosen, budget, damage, options, registry, batches, seal, lock,
-            made_from, versions,
+            session, signature, chosen, budget, damage, options, registry, batches, data, seal,
+            lock, made_from, versions,
         )  # fmt: skip
         job.seconds["import"] = imported_at - start
         job.seconds["device profile"] = time.perf_counter() - imported_at
@@ -321,7 +330,8 @@ class Job:
         judge = judge_of(self.session, batches, self.damage)
         quick = judge_of(self.session, _few(batches, WEIGHING_SAMPLES), self.damage)
         score = self._score if self.budget.metric else None
-        planner = Planner(self.session, self.passes, self.budget, judge, quick, score)
+        unjudged = "" if self.batches or self.budget.allows_loss else UNJUDGED
+        planner = Planner(self.session, self.passes, self.budget, judge, quick, score, unjudged)
         return planner, planner.plan(clean)
 
     def _simulated(self) -> bool:
@@ -437,7 +447,11 @@ class Job:
         if session.profile is not profile:
             device.remember(session.backend, session.target, session.profile)
         signature = self.signature.with_ports(final.program)
-        damage = number(choices.keep("damage of the code", lambda: self._artifact_damage(final)))
+        lossy = bool(probe and probe.chosen)
+        batches = self.batches or ([session.check] if lossy else [])
+        damage = number(
+            choices.keep("damage of the code", lambda: self._artifact_damage(final, batches))
+        )
         metric = None
         if budget.metric is not None:
             teacher = planner.teacher_score if planner else None
@@ -470,6 +484,7 @@ class Job:
             ],
             "damage": damage,
             "damage_measure": self.damage,
+            "damage_data": self.data if batches else None,
             "ran_here": choices.keep("ran", lambda: session.backend.runs_here(session.target)),
             "machine": profile.name,
             "metric": metric,
@@ -514,10 +529,10 @@ class Job:
         faults = [f.record() for f in self.session.faults]
         return self.options | ({"quarantined": faults} if faults else {})
 
-    def _artifact_damage(self, final: Built) -> float | None:
-        if not self.batches:
+    def _artifact_damage(self, final: Built, batches: Sequence[Batch]) -> float | None:
+        if not batches:
             return None
-        judge = judge_of(self.session, self.batches, self.damage)
+        judge = judge_of(self.session, batches, self.damage)
         names = [p.name for p in final.program.inputs]
 
         def run(*arrays: np.ndarray) -> list[np.ndarray]:

@@ -21,22 +21,26 @@ DEFAULT = "default"
 """Stands for the default pipeline inside a list of passes."""
 
 
-def resolve(wanted: Iterable[str | Pass | type[Pass]] | None, registry: Registry) -> list[Pass]:
+def resolve(
+    wanted: Iterable[str | Pass | type[Pass]] | None, registry: Registry, *, lossy: bool = True
+) -> list[Pass]:
     """Passes in the order in which they run.
 
-    None or the word "default" means every registered pass whose class says `default`. An item is a
+    None or the word "default" means every registered pass whose class says `default`, without
+    `lossy` less those that reduce or quantise. An item is a
     name, a name with options (`"prune-channels:keep_ratio=0.5"`), a pass, or a pass class; an
     explicit item replaces a default one of the same name. Passes run by stage; within a stage as
     their `after` demands, and else in the order given (by name for the default ones).
     """
-    from optcompiler.rewriting import Pass
+    from optcompiler.rewriting import Pass, Stage
 
     chosen: dict[str, Pass] = {}
     given: set[str] = set()
     for item in [DEFAULT] if wanted is None else wanted:
         if item == DEFAULT:
             for name, cls in sorted(registry.passes.items()):
-                if cls.default and name not in chosen:
+                loses = cls.stage in (Stage.REDUCE, Stage.QUANTIZE)
+                if cls.default and (lossy or not loses) and name not in chosen:
                     chosen[name] = _construct(cls, {}, registry)
             continue
         if isinstance(item, str):

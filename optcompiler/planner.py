@@ -85,7 +85,8 @@ class Planner:
     """Plans the stages REDUCE, QUANTIZE and TUNE of one compile on top of an exact program.
 
     `judge` measures damage on all batches; `quick` does on few, for one candidate alone. `score`
-    is the user's metric, None without one. `record` turns off writing declines to the ledger.
+    is the user's metric, None without one. `unjudged` is why candidates that are not exact cannot
+    be judged; they are declined for it.
     """
 
     def __init__(
@@ -96,12 +97,14 @@ class Planner:
         judge: Judge,
         quick: Judge,
         score: Scorer | None,
+        unjudged: str = "",
     ) -> None:
         self.session = session
         self.budget = budget
         self.judge = judge
         self.quick = quick
         self.score = score
+        self.unjudged = unjudged
         self.lossy = [p for p in passes if p.stage in (Stage.REDUCE, Stage.QUANTIZE)]
         self.tuners = [p for p in passes if p.stage is Stage.TUNE]
         self.teacher_score = self._scored(session.teacher) if score else None
@@ -157,7 +160,11 @@ class Planner:
         priced: list[Offer] = []
         pending: list[tuple[Pass, Candidate]] = []
         for pass_ in self.lossy:
-            pending += [(pass_, c) for c in session.propose(pass_, base)]
+            for candidate in session.propose(pass_, base):
+                if candidate.exact or not self.unjudged:
+                    pending.append((pass_, candidate))
+                else:
+                    session.ledger.add(session.row(pass_, candidate, DECLINED, self.unjudged))
         price = session.price_us(base)
         for pass_, candidate in session.progress.track(pending, "weighing candidates"):
             patch = session.attempt(pass_, candidate, base)

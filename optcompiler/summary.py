@@ -140,6 +140,8 @@ def comparisons(m: Mapping[str, Any]) -> list[Comparison]:
         )
     if m.get("damage") is not None:
         label = f"damage ({m.get('damage_measure') or 'kl'})"
+        if m.get("damage_data"):
+            label += f" on {m['damage_data']}"
         lines.append(Comparison(label, "0", figure(m["damage"]), ""))
     return [line for line in lines if line.before or line.after]
 

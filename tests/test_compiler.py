@@ -66,6 +66,43 @@ def test_wide_budget_takes_all_and_narrow_none() -> None:
     assert_close(none.run(inputs), run_onnx(net, inputs), 1e-6)
 
 
+def test_nothing_is_lost_where_no_data_says_how_much() -> None:
+    net = sigmoid_net(SCALES)
+    found = registry(None, Harden)
+    got = compile_model(net, target="toy", registry=found)
+    rows = [row for row in got.ledger if row.pass_name == "harden"]
+    assert {row.outcome for row in rows} == {DECLINED}
+    assert all(row.reason.startswith("no calibration data to measure damage on") for row in rows)
+    assert got.measurements["damage"] is None
+    inputs = random_inputs(net)
+    assert_close(got.run(inputs), run_onnx(net, inputs), 1e-6)
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_limit_without_calibration_data_is_judged_on_what_the_summary_names(
+    example: bool,
+) -> None:
+    net = sigmoid_net(SCALES)
+    given = (batches(1)[0]["x"],) if example else None
+    got = compile_model(
+        net, given, target="toy", registry=registry(None, Harden), damage="nmse",
+        budget=Budget(max_damage=1.0),
+    )  # fmt: skip
+    assert TAKEN in outcomes(got.ledger).values()
+    data = "example inputs" if example else "random inputs"
+    assert f"damage (nmse) on {data}" in got.summary()
+    assert 0 < got.measurements["damage"] <= 1
+    assert [g["name"] for g in got.measurements["gates"]] == ["damage"]
+
+
+def test_fp32_leaves_lossy_passes_out_unless_they_are_asked_for() -> None:
+    net = sigmoid_net(SCALES)
+    shared: dict[str, Any] = {"precision": "fp32", "budget": Budget(max_damage=1.0)}
+    assert "harden" not in {row.pass_name for row in compiled(net, **shared).ledger}
+    asked = compiled(net, passes=["harden"], **shared)
+    assert TAKEN in outcomes(asked.ledger).values()
+
+
 def test_metric_decides() -> None:
     net = sigmoid_net(SCALES)
     x = batches(1)[0]["x"]
