@@ -65,9 +65,9 @@ def checked_options(target: Target) -> Mapping[str, str]:
 class CpuBackend(Backend):
     """Writes C11 with GCC's intrinsics and compiles it with `CC`, `CFLAGS` and `LDFLAGS`.
 
-    Option `isa`: "amx_int8", "avx512_bf16", "avx512_vnni", "avx2", "portable", or "native" (the
-    default: the best that the compiler's machine has). Integer arithmetic gives the same numbers on
-    each; bfloat16 is offered as a precision where there are instructions for it. Option
+    Option `isa`: "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "portable", or
+    "native" (the default: the best that the compiler's machine has). Integer arithmetic gives the
+    same numbers on each; bfloat16 is offered as a precision where it has instructions. Option
     `weights`: "file" (the default: beside the library, mapped) or "embedded" (in the library). The
     target's `name` begins the names of files and symbols.
     """

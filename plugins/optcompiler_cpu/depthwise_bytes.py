@@ -51,7 +51,7 @@ def tail_of(step: Conv, isa: Isa) -> int:
 def _fits(step: Conv, isa: Isa) -> bool:
     out = step.epilogue
     return (
-        isa.macro in {"OC_AVX512_VNNI", "OC_AMX"}
+        isa.lanes == LANES
         and step.a.view.dtype == "UINT8"
         and step.a.view.strides[1] == 1
         and step.out.strides[1] == 1

@@ -104,6 +104,16 @@ ISAS = {
             _AVX512_NEEDS,
         ),
         Isa(
+            "avx_vnni",
+            "OC_AVX_VNNI",
+            ("-DOC_AVX2", "-mavx2", "-mfma", "-mavxvnni"),
+            8,
+            Tiling("f32", {2: 6, 1: 8}),
+            Tiling("bf16", {2: 4, 1: 8}, step=2),
+            (Tiling("u8", {2: 6, 1: 12}, step=4),),
+            frozenset({"avx2", "fma", "avx_vnni"}),
+        ),
+        Isa(
             "avx2",
             "OC_AVX2",
             ("-mavx2", "-mfma"),

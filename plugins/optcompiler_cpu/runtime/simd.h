@@ -234,6 +234,9 @@ INLINE float vf_hmax(vf a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 INLINE float vf_hmin(vf a) { return -vf_hmax(_mm256_xor_ps(a, _mm256_set1_ps(-0.0f))); }
+#if defined(OC_AVX_VNNI)
+INLINE vi vi_dot(vi c, int32_t a4, vi w) { return _mm256_dpbusd_avx_epi32(c, _mm256_set1_epi32(a4), w); }
+#else
 /* Bytes 0 and 2, then 1 and 3, of each lane as 16 bits: vpmaddubsw would saturate. */
 INLINE vi vi_dot(vi c, int32_t a4, vi w) {
   const __m256i a = _mm256_set1_epi32(a4);
@@ -241,6 +244,7 @@ INLINE vi vi_dot(vi c, int32_t a4, vi w) {
   c = _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff)), even));
   return _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_srli_epi16(a, 8), odd));
 }
+#endif
 
 #else
 #define VL 4
