@@ -30,7 +30,8 @@ class Capabilities:
     "contraction", "pointwise", "normalization", "softmax", "attention". `dynamic_shapes` says
     whether symbolic dimensions survive. `float_outputs` names those of `integer_ops` whose integer
     kernel may write float as well, so that their output need not be quantised; a target that fuses
-    "contraction" can do so for every contraction. `any_port` says whether inputs and outputs may be
+    "contraction" can do so for every contraction. With `symmetric_multipliers` its kernels multiply
+    two activations as integers when the second is symmetric around the middle of its type. `any_port` says whether inputs and outputs may be
     sequences, optionals and tensors of strings. `reference` asks for one run, inputs and outputs,
     beside the code, by which it can be checked without Python.
     """
@@ -43,6 +44,7 @@ class Capabilities:
     fusions: frozenset[str] = frozenset()
     dynamic_shapes: bool = False
     float_outputs: frozenset[str] = frozenset()
+    symmetric_multipliers: bool = False
     any_port: bool = False
     reference: bool = False
 

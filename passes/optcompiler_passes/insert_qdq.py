@@ -105,7 +105,9 @@ class InsertQdq(Pass):
         )
         dtype = context.capabilities.activation_dtype
         bits = ir.DataType[dtype].bitwidth
-        multipliers = {name for site in survey.sites for name in site.multipliers}
+        multipliers: set[str] = set()
+        if context.capabilities.symmetric_multipliers:
+            multipliers = {name for site in survey.sites for name in site.multipliers}
         ranges: dict[str, tuple[np.float32, int]] = {}
         broken: dict[str, int] = {}
         for name, observer in observers.items():

@@ -104,6 +104,7 @@ class CpuBackend(Backend):
             fusions=frozenset(
                 {"contraction", "pointwise", "normalization", "softmax", "attention"}
             ),
+            symmetric_multipliers=True,
             reference=True,
         )
 

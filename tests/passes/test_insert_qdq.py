@@ -208,10 +208,16 @@ def test_attention(capabilities):
     assert inputs_of(after, "softmax") == ["s"]
     assert inputs_of(after, "pv") == ["p_dequantized", "q1_dequantized"]
     assert inputs_of(after, "res") == ["o", "x"]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_is_multiplied_by_is_symmetric_where_kernels_want_it(symmetric):
+    capabilities = replace(INT8, symmetric_multipliers=symmetric)
+    before = program(ATTENTION, wq=(6, 6), wk=(6, 6), bias=(6,))
+    after, _ = apply_all(InsertQdq(), before, make_context(before, capabilities=capabilities))
     weights = after.weights()
-    # what is multiplied by is symmetric, whatever else reads it
     middle = {n: int(weights[f"{n}_zero_point"].numpy()) == 128 for n in ("x", "p", "q1", "k0")}
-    assert middle == {"x": False, "p": False, "q1": True, "k0": True}
+    assert middle == {"x": False, "p": False, "q1": symmetric, "k0": symmetric}
 
 
 def test_a_shared_weight_has_one_pair():
