@@ -31,9 +31,10 @@ class Capabilities:
     whether symbolic dimensions survive. `float_outputs` names those of `integer_ops` whose integer
     kernel may write float as well, so that their output need not be quantised; a target that fuses
     "contraction" can do so for every contraction. With `symmetric_multipliers` its kernels multiply
-    two activations as integers when the second is symmetric around the middle of its type. `any_port` says whether inputs and outputs may be
-    sequences, optionals and tensors of strings. `reference` asks for one run, inputs and outputs,
-    beside the code, by which it can be checked without Python.
+    two activations as integers when the second is symmetric around the middle of its type.
+    `any_port` says whether inputs and outputs may be sequences, optionals and tensors of strings.
+    `reference` asks for one run, inputs and outputs, beside the code, by which it can be checked
+    without Python.
     """
 
     precisions: frozenset[str]
