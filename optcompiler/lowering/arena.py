@@ -6,6 +6,10 @@ from optcompiler.lowering.ir import Buffer, Load, Loop, Lowered, Step, walk
 
 ALIGNMENT = 64
 
+PAGE, STAGGER, LARGE = 4096, 1088, 16384
+"""Loads wait for earlier stores whose addresses agree in their last 12 bits, so large buffers of
+one another's sizes do not begin a whole number of pages apart."""
+
 
 def plan(lowered: Lowered) -> None:
     """Fill in `first`, `last` and `offset` of every buffer, and `arena_bytes`.
@@ -52,7 +56,8 @@ def plan(lowered: Lowered) -> None:
 
 
 def _aligned(size: int) -> int:
-    return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
+    size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
+    return size if size < LARGE else size + (STAGGER - size) % PAGE
 
 
 def _find(roots: dict[int, Buffer], buffer: Buffer) -> Buffer:
