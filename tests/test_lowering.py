@@ -466,6 +466,15 @@ def test_pointwise_steps_work_in_place_and_memory_is_reused() -> None:
     assert check(program(chain)).arena_bytes <= 2 * 64 * 64 * 4
 
 
+def test_large_temporaries_do_not_begin_whole_pages_apart() -> None:
+    body = """(float[128, 128] x) => (float[128, 128] y) {
+        a = MatMul(x, w) b = MatMul(a, w) c = MatMul(b, w) d = Add(c, a) y = MatMul(d, b) }"""
+    lowered = check(program(body, w=(128, 128)), 1e-4)
+    places = sorted({b.offset % 4096 for b in lowered.buffers if b.kind == "temp"})
+    assert len(places) == 3
+    assert min(b - a for a, b in zip(places, places[1:], strict=False)) >= 512
+
+
 def test_temporaries_that_live_together_do_not_overlap() -> None:
     source = program(
         """(float[4, 40] x) => (float[4, 30] y) {

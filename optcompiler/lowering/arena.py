@@ -6,7 +6,7 @@ from optcompiler.lowering.ir import Buffer, Load, Loop, Lowered, Step, walk
 
 ALIGNMENT = 64
 
-PAGE, STAGGER, LARGE = 4096, 1088, 16384
+PAGE, STAGGER, LARGE = 4096, 1088, 32768
 """Loads wait for earlier stores whose addresses agree in their last 12 bits, so large buffers of
 one another's sizes do not begin a whole number of pages apart."""
 
