@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -472,7 +473,7 @@ def test_large_temporaries_do_not_begin_whole_pages_apart() -> None:
     lowered = check(program(body, w=(128, 128)), 1e-4)
     places = sorted({b.offset % 4096 for b in lowered.buffers if b.kind == "temp"})
     assert len(places) == 3
-    assert min(b - a for a, b in zip(places, places[1:], strict=False)) >= 512
+    assert min(b - a for a, b in itertools.pairwise(places)) >= 512
 
 
 def test_temporaries_that_live_together_do_not_overlap() -> None:
