@@ -324,6 +324,8 @@ def _ports(entries: list[dict[str, Any]]) -> tuple[Port, ...]:
 
 def _record(directory: Path, name: str, form: Form) -> Any:
     label = f"{directory}: {name}"
+    if not (directory / name).is_file():
+        raise InputError(f"{label} is missing; compile or copy the artifact again.")
     value = json_of(directory / name, label, MOST_TEXT_BYTES)
     check_form(value, form, label)
     return value

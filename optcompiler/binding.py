@@ -23,6 +23,18 @@ def symbols(program: Program) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def refuse_unknown_sizes(program: Program, sizes: Mapping[str, int]) -> None:
+    """Raise `InputError` for a size of a dimension that no input of the imported model has."""
+    have = symbols(program)
+    for name in sizes:
+        if name not in have:
+            raise InputError(
+                f"size.{name}: the inputs have no symbolic dimension {name!r}, there is "
+                f"{', '.join(have) or 'none'}; leave it out, or keep a dimension symbolic with "
+                f"dynamic."
+            )
+
+
 def bind(program: Program, sizes: Mapping[str, int]) -> Program:
     """`program` with the named dimensions fixed: shapes inferred anew, shape arithmetic folded.
 

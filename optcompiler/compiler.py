@@ -13,7 +13,7 @@ import numpy as np
 from optcompiler import artifact, cache, device, finish, pipeline, scratch
 from optcompiler.backend import require_determined, require_tensors
 from optcompiler.batching import Batched
-from optcompiler.binding import resolved
+from optcompiler.binding import refuse_unknown_sizes, resolved
 from optcompiler.budget import Budget
 from optcompiler.choices import Choices, Consulted
 from optcompiler.collecting import collecting_seldom
@@ -183,6 +183,7 @@ class Job:
         teacher, signature = imported.program, imported.signature
         refuse_what_cannot_run(teacher, registry.domains)
         require_determined(teacher)
+        refuse_unknown_sizes(teacher, target.sizes)
         if not capabilities.any_port:
             require_tensors(teacher, f"target {target}")
         teacher = protected(teacher)

@@ -146,12 +146,16 @@ def _require_file(path: Path) -> None:
         raise InputError(f"cannot write {path}: it is not a file; choose another place.")
 
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_SPACE = "free some space"
+_LIMIT = "raise the limit on the size of files (ulimit -f)"
+_NO_ROOM = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EFBIG: _LIMIT}
+_KILLED = "File size limit exceeded"
+"""What a process is said to have died of that knows nothing of EFBIG."""
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
     """The error to raise where writing `path` failed with `error`."""
-    remedy = "free some space" if error.errno in FULL else "choose another place"
+    remedy = no_room(error) or "choose another place"
     reason = error.strerror or str(error)
     named = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
     if named and _stem(path) not in named and not Path(named).is_relative_to(path):
@@ -159,12 +163,14 @@ def unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot write {path}: {reason}; {remedy}.")
 
 
-def fills_disk(error: BaseException) -> bool:
-    """Whether there was no room to write; told by the text of errors that are no `OSError`."""
+def no_room(error: BaseException | str) -> str:
+    """The remedy where there was no room to write, else ""; errors that are no `OSError`, and what
+    another program printed, are told by their text."""
     if isinstance(error, OSError):
-        return error.errno in FULL
-    text = "".join(traceback.format_exception_only(error))  # some cannot be printed by str
-    return any(os.strerror(number) in text for number in FULL)
+        return _NO_ROOM.get(error.errno or 0, "")
+    text = error if isinstance(error, str) else "".join(traceback.format_exception_only(error))
+    told = [remedy for number, remedy in _NO_ROOM.items() if os.strerror(number) in text]
+    return told[0] if told else _LIMIT if _KILLED in text else ""
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from optcompiler.errors import OVERTIME, RAISED, InputError
-from optcompiler.files import fills_disk
+from optcompiler.files import no_room
 from optcompiler.overtime import Overtime, TimeIsUp, within
 
 T = TypeVar("T")
@@ -36,9 +36,9 @@ def contained(
     except (KeyboardInterrupt, Overtime):
         raise
     except BaseException as error:
-        if fills_disk(error):
+        if remedy := no_room(error):
             raise InputError(
-                f"the disk is full ({told(error)}); free some space, or set TMPDIR to a folder "
+                f"there is no room to write ({told(error)}); {remedy}, or set TMPDIR to a folder "
                 f"with more."
             ) from error
         raise fault(RAISED, f"raised {told(error)}") from error

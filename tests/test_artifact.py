@@ -128,7 +128,7 @@ def _alter(directory: Path) -> None:
         (lambda d: _edit(d, interface={}), "not a whole artifact"),
         (lambda d: _edit(d, versions={}), "records.json belongs to another manifest.json"),
         (lambda d: _forge(d, signature=WRONG), "not a signature"),
-        (lambda d: (d / "records.json").unlink(), "records.json"),
+        (lambda d: (d / "records.json").unlink(), "records.json is missing; compile or copy"),
         (lambda d: (d / "records.json").write_text("[]"), "not a whole artifact"),
     ],
 )

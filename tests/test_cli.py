@@ -283,6 +283,34 @@ def test_bench(net: Path, tmp_path: Path):
     assert "as fast as" in run("bench", net, "--against", net, "--seconds", "0").stdout
 
 
+def test_a_limit_on_the_size_of_files_is_no_room(tmp_path: Path, model: Path):
+    limited = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "runpy.run_module('optcompiler', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "compile", model, "-o", tmp_path / "out", "--target",
+         "cpu:threads=1", "--no-timing", "--precision", "fp32"],
+        capture_output=True, text=True,
+        env={**os.environ, "OPTCOMPILER_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "File too large" in done.stderr
+    assert "ulimit -f" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["compile", "bisect"])
+def test_names_of_passes_are_checked_before_the_model_is_read(tmp_path: Path, command: str):
+    (tmp_path / "net.py").write_text("raise SystemExit('it was read')")
+    more = ("-o", tmp_path / "out") if command == "compile" else ("--check", "true")
+    shared = (command, f"{tmp_path}/net.py:model", *more, "--target", "toy", "--pass")
+    result = run(*shared, "hardn")
+    assert result.exit_code == 2
+    assert "hardn" in result.stderr
+    assert "no option 'x'" in run(*shared, "harden:x=1").stderr
+
+
 def test_verify(net: Path, model: Path):
     assert answer("verify", net)["files"] == 7
     data = answer("verify", net, "--against", model)

@@ -103,6 +103,15 @@ def test_fp32_leaves_lossy_passes_out_unless_they_are_asked_for() -> None:
     assert TAKEN in outcomes(asked.ledger).values()
 
 
+def test_a_size_of_no_dimension_is_refused() -> None:
+    with pytest.raises(InputError, match=r"size.batch: .* 'batch', there is none; leave it out"):
+        compile_model(sigmoid_net(SCALES), target="toy:size.batch=4", registry=registry())
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    g (float[N, 4] x) => (float[N, 4] y) { y = Neg (x) }"""
+    with pytest.raises(InputError, match=r"'n', there is N; leave it out"):
+        compile_model(Program.from_text(text), target="toy:size.n=4", registry=registry())
+
+
 def test_metric_decides() -> None:
     net = sigmoid_net(SCALES)
     x = batches(1)[0]["x"]

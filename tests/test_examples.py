@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,19 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.test_docs import ROOT, blocks
+
+
+@pytest.mark.slow
+def test_the_snippet_of_the_readme(tmp_path: Path) -> None:
+    (snippet,) = blocks(ROOT / "README.md", "python")
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "metric drop" in done.stdout
+    assert (tmp_path / "build" / "net" / "manifest.json").is_file()
 
 
 @pytest.mark.slow

@@ -59,12 +59,14 @@ def bisect(
     """
     from optcompiler.budget import Budget
     from optcompiler.cli.checking import Command
+    from optcompiler.pipeline import resolve
     from optcompiler.progress import progress_on
     from optcompiler.sources import calibration_from_reference
 
     if command is None:
         raise click.UsageError("give the check with --check CMD.")
     plugins = registry()
+    resolve(list(passes), plugins)  # names and options, before anything that takes time
     writer = _artifacts(target, plugins) if artifact else None
     check = Command(command, check_seconds, writer)
     source, example_inputs = model_of(model, plugins)

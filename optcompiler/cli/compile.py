@@ -83,6 +83,7 @@ def compile_(
     from optcompiler.compiled import refuse_other_than_artifact
     from optcompiler.depfile import Inputs, write_depfile
     from optcompiler.errors import GateError, InputError
+    from optcompiler.pipeline import resolve
     from optcompiler.progress import progress_on
     from optcompiler.sources import (
         calibration_from_reference,
@@ -96,6 +97,7 @@ def compile_(
         if place is not None and place.exists():
             refuse_other_than_artifact(place)
     plugins = registry()
+    resolve(list(passes), plugins)  # names and options, before anything that takes time
     inputs = Inputs()
     budget = _budget(
         metric=metric_from_reference(metric) if metric else None,

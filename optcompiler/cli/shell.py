@@ -179,10 +179,10 @@ def _ended(error: BaseException, arguments: Sequence[str], as_json: bool) -> int
         return _misused(error, as_json)
     if isinstance(error, OptcompilerError) and error.exit_code != INTERNAL:
         return _failed(type(error).__name__, str(error), error.exit_code, as_json)
-    from optcompiler.files import fills_disk
+    from optcompiler.files import no_room
 
-    if fills_disk(error):
-        return _failed("InputError", f"the disk is full: {error}; free some space.", 2, as_json)
+    if remedy := no_room(error):
+        return _failed("InputError", f"there is no room to write: {error}; {remedy}.", 2, as_json)
     return _crashed(error, arguments, as_json)
 
 

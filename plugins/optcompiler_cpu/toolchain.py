@@ -6,7 +6,6 @@ honoured as by make.
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import platform
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from optcompiler.children import Children
 from optcompiler.errors import InputError, ToolchainError
+from optcompiler.files import no_room
 from optcompiler_cpu.isa import Isa
 
 FLAGS = (
@@ -172,11 +172,11 @@ def _run(command: list[str], directory: Path, children: Children) -> str:
         ) from error
     if status:
         lines = [line for line in output.splitlines() if line.strip()]
-        full = next((line for line in lines if os.strerror(errno.ENOSPC) in line), None)
-        if full is not None:
+        full = next((line for line in lines if no_room(line)), "")
+        if remedy := no_room(full):
             raise InputError(
-                f"{command[0]} found the disk full: {full[:300]}; free some space, or set TMPDIR "
-                f"to a folder with more."
+                f"{command[0]} found no room to write: {full[:300]}; {remedy}, or set TMPDIR to a "
+                f"folder with more."
             )
         first = next((line for line in lines if "error" in line), lines[0] if lines else "")
         raise ToolchainError(

@@ -17,7 +17,7 @@ from typing import Any
 
 from optcompiler.children import Children
 from optcompiler.errors import InputError, ToolchainError
-from optcompiler.files import fills_disk
+from optcompiler.files import no_room
 from optcompiler_cuda.executor import FUSE_MULTIPLY_ADD
 from optcompiler_cuda.schedule import Schedule, Specialisation, load_kernels
 from optcompiler_cuda.worker import clean_environment
@@ -51,10 +51,10 @@ def precompile(directory: Path, arch: int) -> None:
         if any([process.wait() for process in running]):
             messages.seek(0)
             printed = messages.read().strip()[-1200:]
-            if fills_disk(RuntimeError(printed)):
+            if remedy := no_room(printed):
                 raise InputError(
-                    f"triton found the disk full: {printed.splitlines()[-1]}; free some space, or "
-                    f"set TMPDIR and TRITON_CACHE_DIR to folders with more."
+                    f"triton found no room to write: {printed.splitlines()[-1]}; {remedy}, or set "
+                    f"TMPDIR and TRITON_CACHE_DIR to folders with more."
                 )
             raise ToolchainError(
                 f"triton could not compile a kernel for sm_{arch}: {printed}\n"
