@@ -98,14 +98,14 @@ def test_compile_passes_its_options_on(
         "compile", model, "-o", tmp_path / "out", "--target", "toy:threads=2",
         "--metric", f"{tmp_path}/metrics.py:score", "--max-drop", "0.5", "--max-latency-ms", "3",
         "--max-size-mb", "4", "--search-minutes", "5", "--calibration", tmp_path / "data",
-        "--pass", "default", "--pass", "harden:ratio=0.5", "--dynamic", "x:0=batch",
+        "--pass", "default", "--pass", "harden", "--dynamic", "x:0=batch",
         "--dynamic", "x:1=width", "--seed", "7", "--precision", "int8", "--damage", "nmse",
         "--on-fault", "stop", "--time-limit", "2.5", "--reproducers", tmp_path / "faults",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert given["model"].content_hash() == optcompiler.Program.from_onnx(model).content_hash()
     assert given["example_inputs"] is None
-    assert given["passes"] == ["default", "harden:ratio=0.5"]
+    assert given["passes"] == ["default", "harden"]
     assert given["dynamic"] == {"x": {0: "batch", 1: "width"}}
     assert (str(given["target"]), given["precision"], given["seed"]) == ("toy:threads=2", "int8", 7)
     assert given["calibration"] == tmp_path / "data"
