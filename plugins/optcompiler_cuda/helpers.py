@@ -44,6 +44,16 @@ def floor_mod(x, y):
     rest = x % y
     return tl.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
 """,
+    "smaller": """\
+@triton.jit
+def smaller(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+""",
+    "larger": """\
+@triton.jit
+def larger(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+""",
     "multiply": """\
 @triton.jit
 def multiply(x, y):

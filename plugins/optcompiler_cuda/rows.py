@@ -108,13 +108,13 @@ def identity(op: str, dtype: str) -> str:
 
 REDUCE = {
     "sum": "tl.sum(total, axis=1)", "mean": "tl.sum(total, axis=1)",
-    "sumsq": "tl.sum(total, axis=1)", "max": "tl.max(total, axis=1)",
-    "min": "tl.min(total, axis=1)", "prod": "tl.reduce(total, 1, multiply)",
+    "sumsq": "tl.sum(total, axis=1)", "max": "tl.reduce(total, 1, larger)",
+    "min": "tl.reduce(total, 1, smaller)", "prod": "tl.reduce(total, 1, multiply)",
 }  # fmt: skip
 
 COMBINE = {
     "sum": "total + {x}", "mean": "total + {x}", "sumsq": "total + {x} * {x}",
-    "max": "tl.maximum(total, {x})", "min": "tl.minimum(total, {x})", "prod": "total * {x}",
+    "max": "larger(total, {x})", "min": "smaller(total, {x})", "prod": "total * {x}",
 }  # fmt: skip
 
 
@@ -253,13 +253,11 @@ def print_pooling(step: Pooling) -> Printed:
                 else f"{value}.to(tl.float32)"
             )
         value = f"tl.where({exists}, {value}, {start})" if exists else value
-        kernel.line(
-            f"total = tl.maximum(total, {value})" if step.op == "max" else f"total += {value}"
-        )
+        kernel.line(f"total = larger(total, {value})" if step.op == "max" else f"total += {value}")
         if counted:
             kernel.line(f"count += ({_counted(step, kernel, exists, rows)}).to(tl.float32)")
     if step.op == "max":
-        kernel.line(f"result = tl.max(total, axis=1)[:, None].to({TYPES[dtype]})")
+        kernel.line(f"result = tl.reduce(total, 1, larger)[:, None].to({TYPES[dtype]})")
     elif counted:
         kernel.line("result = tl.sum(total, axis=1)[:, None] / tl.sum(count, axis=1)[:, None]")
     else:
