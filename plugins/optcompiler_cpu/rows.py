@@ -123,6 +123,7 @@ def _blocks_of_rows(
         f"for (long block = {first}; block < end; block += {rows}) {{",
         f"  const int rows = block + {rows} <= end ? {rows} : (int)(end - block);",
         f"  float first[{rows}], second[{rows}];",
+        "  (void)first;",
     ]
     unused = [f"    (void)i{widest};"]
     for phase in phases:
@@ -182,7 +183,7 @@ def print_normalization(step: Normalization, isa: Isa) -> KernelCode:
         if count is not None:
             name = f"vf_keep({name}, left, 0.0f)"
         return [*_flat(printer), f"const vf x = {name};", "vf_store(v + j, x);",
-                "total = vf_add(total, x);"]  # fmt: skip
+                *([] if step.rms else ["total = vf_add(total, x);"])]  # fmt: skip
 
     def square(count: str | None) -> list[str]:
         x = "vf_load(v + j)" if step.rms else "vf_sub(vf_load(v + j), mean)"
@@ -199,9 +200,9 @@ def print_normalization(step: Normalization, isa: Isa) -> KernelCode:
     mean = [] if step.rms else ["const vf mean = vf_set(first[r]);"]
     phases = [
         [
-            "vf total = vf_set(0.0f);",
+            *([] if step.rms else ["vf total = vf_set(0.0f);"]),
             *_scoped(vector_loop(length, isa.lanes, read)),
-            f"first[r] = vf_sum(total) / {length}.0f;",
+            *([] if step.rms else [f"first[r] = vf_sum(total) / {length}.0f;"]),
         ],
         [
             *mean,
