@@ -58,9 +58,12 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     _state_defaults(model)
     refuse_growing_shapes(model, label)
     opset = _needed_opset(model)
-    if opset > MINIMUM_OPSET and _holds_before_upgrade(model, notes):
+    stated: list[ir.Shape | None] = []
+    if model.graph.opset_imports[""] < opset == POOLING_OPSET and _holds_before_upgrade(
+        model, notes
+    ):
         notes = {}
-        _open_outputs(model)
+        stated = _open_outputs(model)
     program = Program(_at_opset(model, opset))
     _name_everything(program.model)
     _keep_source_paths(program.model)
@@ -68,6 +71,7 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     try:
         program.infer_shapes()
         infer_outputs(program)
+        _close_outputs(program, stated)
         _settle_casts(program)
         program.verify()
     except VerificationError as error:
@@ -256,10 +260,24 @@ def _holds_before_upgrade(model: ir.Model, notes: Notes) -> bool:
     return True
 
 
-def _open_outputs(model: ir.Model) -> None:
+def _open_outputs(model: ir.Model) -> list[ir.Shape | None]:
+    """Leave the sizes of outputs to inference; what they were."""
+    stated = [value.shape for value in model.graph.outputs]
     for value in model.graph.outputs:
         if value.shape is not None:
             value.shape = ir.Shape(None if isinstance(d, int) else d for d in value.shape)
+    return stated
+
+
+def _close_outputs(program: Program, stated: Sequence[ir.Shape | None]) -> None:
+    """Take the stated sizes of outputs where inference has found none."""
+    for value, shape in zip(program.graph.outputs, stated, strict=False):
+        if shape is None or value.shape is None or len(value.shape) != len(shape):
+            continue
+        value.shape = ir.Shape(
+            found if isinstance(found, int) else said
+            for found, said in zip(value.shape, shape, strict=True)
+        )
 
 
 def _at_opset(model: ir.Model, opset: int) -> ir.Model:
