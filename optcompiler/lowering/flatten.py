@@ -243,7 +243,12 @@ def evaluate(node: ir.Node, values: list[np.ndarray | None]) -> list[np.ndarray]
     model = onnx.helper.make_model(graph, opset_imports=[opset])
     feeds = {n: v for n, v in zip(names, values, strict=True) if v is not None}
     run: Any = ReferenceEvaluator(model).run  # type: ignore[reportUnknownMemberType]
-    return list(run(None, feeds))
+    try:
+        return list(run(None, feeds))
+    except TypeError as error:  # for attributes that its operator does not expect
+        raise UnsupportedOperatorError(
+            f"{node.op_type} {node.name!r} of constants cannot be computed here; fold it before."
+        ) from error
 
 
 def _settle(node: ir.Node, flat: Flat) -> None:

@@ -125,7 +125,7 @@ def _positions(
             return at * 0 + (end - begin) * (size - 1) / 2 + begin * (size - 1)
         return at * (end - begin) * (size - 1) / (length - 1) + begin * (size - 1)
     if transformation == "pytorch_half_pixel" and length == 1:
-        return at * 0 - 0.5
+        return at * 0  # as specified, and as runtimes have it; onnx.reference takes -0.5
     centred = (at + 0.5) / scale - 0.5
     if transformation == "half_pixel_symmetric":
         return size / 2 * (1 - target / length) + centred
