@@ -439,7 +439,7 @@ def _quantized_constants(
 
 def _matmuls(
     m: int, n: int, k: int, pairs: int, rng: np.random.Generator, precision: str
-) -> Program:  # fmt: skip
+) -> Program:
     def layer(a: int, b: int) -> Layer:
         return "Gemm", (rng.standard_normal((a, b)) / np.sqrt(a)).astype(np.float32), 1
 

@@ -71,7 +71,8 @@ def program_from_onnx(source: str | Path | onnx.ModelProto | ir.Model) -> Progra
     try:
         program.infer_shapes()
         infer_outputs(program)
-        _close_outputs(program, stated)
+        if stated:
+            _close_outputs(program, stated)
         _settle_casts(program)
         program.verify()
     except VerificationError as error:
@@ -271,7 +272,7 @@ def _open_outputs(model: ir.Model) -> list[ir.Shape | None]:
 
 def _close_outputs(program: Program, stated: Sequence[ir.Shape | None]) -> None:
     """Take the stated sizes of outputs where inference has found none."""
-    for value, shape in zip(program.graph.outputs, stated, strict=False):
+    for value, shape in zip(program.graph.outputs, stated, strict=True):
         if shape is None or value.shape is None or len(value.shape) != len(shape):
             continue
         value.shape = ir.Shape(

@@ -10,6 +10,7 @@ import torch
 # As many workers as cores run at once: threads of theirs, and of processes that tests start, would
 # wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A process of a test that dies says where.
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 
 

@@ -82,18 +82,43 @@ def operands(
 ) -> tuple[Operand, Operand]:
     """Both integers where both sides are quantised and the target multiplies such, else floats.
 
-    A constant second side has no zero point; a computed one has it in the middle of its type.
+    A constant second side is INT8 without a zero point, whatever it was stored as; a computed one
+    has its zero point in the middle of its type.
     """
     second = low.expr(b)
     if permute_b:
         second = map_views(second, lambda v: v.permute((1, 0)))
     qa, qb = quantised(low.expr(a), None), quantised(second, axis_b)
     if qa is not None and qb is not None and qb.quantization is not None:
-        fixed = qb.view.buffer.array is not None
-        middle = 128 if qb.view.dtype == "UINT8" and not fixed else 0
-        if (fixed or low.computed_integers) and (qb.quantization.zero_point == middle).all():
+        if qb.view.buffer.array is not None:
+            qb = _centred(low, qb, axis_b)
+        elif not low.computed_integers or (qb.quantization.zero_point != _middle(qb.view)).any():
+            qb = None
+        if qb is not None:
             return qa, qb
     return float_operand(low, node, a), float_operand(low, node, b, permute_b)
+
+
+def _middle(view: View) -> int:
+    return 128 if view.dtype == "UINT8" else 0
+
+
+def _centred(low: Lowering, operand: Operand, axis: int) -> Operand | None:
+    """A constant operand as INT8 less its zero point, or None where that does not fit."""
+    quantization = operand.quantization
+    assert quantization is not None
+    zero = quantization.zero_point
+    if operand.view.dtype == "INT8" and not zero.any():
+        return operand
+    array = view_array(operand.view).astype(np.int32)
+    along = [1] * array.ndim
+    along[axis] = -1
+    array = array - (zero.reshape(along) if zero.ndim else zero)
+    limits = np.iinfo(np.int8)
+    if array.size and (array.min() < limits.min or array.max() > limits.max):
+        return None
+    view = low.constant(array.astype(np.int8), operand.view.buffer.source)
+    return Operand(view, Quantization(quantization.scale, np.zeros_like(zero)))
 
 
 def float_operand(low: Lowering, node: ir.Node, value: ir.Value, permute: bool = False) -> Operand:

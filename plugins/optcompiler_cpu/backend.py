@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +32,10 @@ from optcompiler_cpu.toolchain import (
 )
 from optcompiler_cpu.winograd import is_winograd, multiplications
 
-NARROW = frozenset({"BFLOAT16"})
-"""What products are made of without being widened in memory."""
+_lowered = functools.partial(
+    lower, plan=False, computed_integers=True, narrow=frozenset({"BFLOAT16"})
+)
+"""Lowering for the kernels there are here."""
 
 OPTIONS = {"isa": ("native", *ISAS), "weights": ("file", "embedded")}
 
@@ -41,7 +44,7 @@ def emit(
     program: Program, isa: Isa, name: str = DEFAULT, *, embedded: bool = False
 ) -> tuple[Lowered, Module]:
     """The program in the form that is printed, and the text and weights of its artifact."""
-    lowered = lower(program, plan=False, computed_integers=True, narrow=NARROW)
+    lowered = _lowered(program)
     legalize(lowered, isa)
     plan(lowered)
     return lowered, print_module(lowered, isa, name, embedded=embedded)
@@ -110,7 +113,7 @@ class CpuBackend(Backend):
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
         isa = pick_isa(target.options)
-        lowered = lower(program, plan=False, values=False, computed_integers=True, narrow=NARROW)
+        lowered = _lowered(program, values=False)
         return [_as_printed(step, kernel_of(step), isa) for step in lowered.steps]
 
     def lower(

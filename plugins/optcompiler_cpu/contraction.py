@@ -395,28 +395,37 @@ def merge_rows(step: Conv | MatMul, shape: Shape) -> Shape:
     return replace(joined, dims=dims, a_strides=joined.merged(shape.a_strides))
 
 
-def print_epilogue(
-    step: Conv | MatMul, shape: Shape, pointers: Pointers, isa: Isa
-) -> tuple[str, list[str]]:
-    """The function that stores a tile, and the row offsets it wants, in C terms of the row."""
+def row_placer(
+    step: Conv | MatMul, shape: Shape, pointers: Pointers, args: list[str], column: str, row: str
+) -> Callable[[View], Place]:
+    """Places loads and stores of an epilogue, by C terms of the column and of the row in its tile.
+
+    The offsets that rows of a tile have are added to `args`, in terms of the row's coordinates.
+    """
     names = [f"i{d}" for d in range(len(shape.dims))]
-    args: list[str] = []
 
     def place(view: View) -> Place:
         strides, lane = row_strides(step, view)
         strides = shape.merged(strides)
         base = pointers.view(view)
         moving = any(s and n > 1 for s, n in zip(strides, shape.dims, strict=True))
-        column = "j" if lane == 1 else f"(long)j * {lane}"
+        across = f" + {column}" if lane == 1 else f" + (long){column} * {lane}" if lane else ""
         if not moving:
-            text = f"{base} + {view.offset}L" + (f" + {column}" if lane else "")
-            return Place(text, lane, 1 if lane else 0)
+            return Place(f"{base} + {view.offset}L{across}", lane, 1 if lane else 0)
         text = linear(names, strides, view.offset)
         if text not in args:
             args.append(text)
-        row = f"r{args.index(text)}[r]"
-        return Place(f"{base} + {row}" + (f" + {column}" if lane else ""), lane, 2)
+        return Place(f"{base} + r{args.index(text)}[{row}]{across}", lane, 2)
 
+    return place
+
+
+def print_epilogue(
+    step: Conv | MatMul, shape: Shape, pointers: Pointers, isa: Isa
+) -> tuple[str, list[str]]:
+    """The function that stores a tile, and the row offsets it wants, in C terms of the row."""
+    args: list[str] = []
+    place = row_placer(step, shape, pointers, args, "j", "r")
     pointers.view(step.out, written=True)
     acc = "acc + (long)r * width + (j - n)"
     integer = shape.integer

@@ -16,7 +16,7 @@ import numpy as np
 from optcompiler.lowering.build import view_array
 from optcompiler.lowering.ir import Const, Conv, Quantize, View, loads
 from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
-from optcompiler_cpu.expressions import Place, VectorPrinter
+from optcompiler_cpu.expressions import Place, VectorPrinter, is_packed
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.loops import HEADER
 
@@ -55,9 +55,7 @@ def _fits(step: Conv, isa: Isa) -> bool:
         and step.a.view.dtype == "UINT8"
         and step.a.view.strides[1] == 1
         and step.out.strides[1] == 1
-        and isinstance(out, Quantize)
-        and isinstance(out.scale, Const)
-        and isinstance(out.zero_point, Const)
+        and is_packed(out)
         and all(_along_channels(load.view) for load in loads(out))
     )
 
@@ -171,7 +169,7 @@ def print_depthwise_bytes(step: Conv, isa: Isa) -> KernelCode:
         results.append(printer.unpacked(step.epilogue))
         for into, lines in zip((once, columns, pixel), printer.lines, strict=True):
             into += lines
-    verb = "vi_lanes_to_u8" if step.epilogue.dtype == "UINT8" else "vi_lanes_to_s8"
+    verb = "vi_join_lanes_u8" if step.epilogue.dtype == "UINT8" else "vi_join_lanes_s8"
     zero = f"(int){pointers.params.add(float(step.epilogue.zero_point.value))}"
 
     def tile(count: int) -> Iterator[str]:
@@ -191,7 +189,7 @@ def print_depthwise_bytes(step: Conv, isa: Isa) -> KernelCode:
                 for v in range(4):
                     offset = ((k * outputs + o) * 4 + v) * GROUP
                     yield (
-                        f"  c{o}_{v} = vi_dots(c{o}_{v}, x{v}, "
+                        f"  c{o}_{v} = vi_dot4(c{o}_{v}, x{v}, "
                         f"vi_load((const int32_t *)(const void *)(taps + {offset})));"
                     )
             yield "}"

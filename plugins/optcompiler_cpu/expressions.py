@@ -93,6 +93,15 @@ def _vector_node(expr: Expr) -> bool:
             return False
 
 
+def is_packed(expr: Expr) -> bool:
+    """Whether the expression is bytes by a constant scale and zero point: see `unpacked`."""
+    return (
+        isinstance(expr, Quantize)
+        and isinstance(expr.scale, Const)
+        and isinstance(expr.zero_point, Const)
+    )
+
+
 def without_clips(arg: Expr, inverse: float, low: int, high: int) -> Expr:
     """`arg` without minima and maxima that saturation to [low, high] after scaling repeats."""
     while isinstance(arg, Call) and arg.op in {"min", "max"} and isinstance(arg.args[1], Const):
@@ -241,7 +250,7 @@ class VectorPrinter:
         return f"vf_mul({x}, {factor})", level
 
     def unpacked(self, expr: Quantize) -> str:
-        """Whole numbers less the zero point, not saturated below: for `vi_to_u8s` and its like."""
+        """Whole numbers less the zero point, not saturated below: for `vi_join_u8` and its like."""
         text, level = self._scaled(expr)
         assert isinstance(expr.zero_point, Const)
         high = self._number(float(LIMITS[expr.dtype][1] - int(expr.zero_point.value)))

@@ -6,11 +6,11 @@ printed with their epilogue, each for one kernel alone; rows of bytes are stored
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from optcompiler.lowering.ir import Const, Conv, Expr, MatMul, Quantize, View, product, walk
+from optcompiler.lowering.ir import Const, Conv, MatMul, Quantize, View, product, walk
 from optcompiler_cpu.amx import AMX
-from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
+from optcompiler_cpu.code import KernelCode, Pointers, indent
 from optcompiler_cpu.contraction import (
     KINDS,
     Shape,
@@ -19,11 +19,11 @@ from optcompiler_cpu.contraction import (
     matmul_shape,
     prepared,
     print_contraction,
-    row_strides,
+    row_placer,
     tile_name,
     tile_sums,
 )
-from optcompiler_cpu.expressions import Place, VectorPrinter
+from optcompiler_cpu.expressions import Place, VectorPrinter, is_packed
 from optcompiler_cpu.isa import Isa
 
 MOST_STEPS = 64
@@ -56,26 +56,13 @@ def print_whole_tiles(
     step: Conv | MatMul, shape: Shape, pointers: Pointers, tiles: Tiles
 ) -> tuple[str, list[str]]:
     """Functions `@_tile_…`, and the row offsets they want, in C terms of the row's coordinates."""
-    names = [f"i{d}" for d in range(len(shape.dims))]
     args: list[str] = []
     pointers.view(step.out, written=True)
-
-    def place(view: View, vector: int) -> Place:
-        strides, lane = row_strides(step, view)
-        strides = shape.merged(strides)
-        base = pointers.view(view)
-        at = f"(n + {vector} * VL)"
-        column = at if lane == 1 else f"(long){at} * {lane}"
-        if not any(s and n > 1 for s, n in zip(strides, shape.dims, strict=True)):
-            text = f"{base} + {view.offset}L" + (f" + {column}" if lane else "")
-            return Place(text, lane, 1 if lane else 0)
-        text = linear(names, strides, view.offset)
-        if text not in args:
-            args.append(text)
-        row = f"r{args.index(text)}[ROW]"
-        return Place(f"{base} + {row}" + (f" + {column}" if lane else ""), lane, 2)
-
-    endings = {tile: _ending(step, shape, pointers, tile, place) for tile in sorted(tiles)}
+    places = [
+        row_placer(step, shape, pointers, args, f"(n + {v} * VL)", "ROW")
+        for v in range(max(vectors for _, vectors, _ in tiles))
+    ]
+    endings = {tile: _ending(step, shape, pointers, tile, places) for tile in sorted(tiles)}
     kind = KINDS[min(tiles)[0]]
     offsets = "".join(f", const long *r{i}" for i, _ in enumerate(args))
     texts = [
@@ -93,39 +80,36 @@ def _ending(
     shape: Shape,
     pointers: Pointers,
     tile: tuple[str, int, int],
-    place: Callable[[View, int], Place],
+    places: Sequence[Callable[[View], Place]],
 ) -> list[str]:
     """Statements that store what `tile_sums` has summed."""
     _, vectors, rows = tile
-    target = place(step.out, 0)
-    packed = _packs(step.epilogue) and target.stride == 1 and vectors > 1
+    target = places[0](step.out)
+    packed = is_packed(step.epilogue) and target.stride == 1 and vectors > 1
     once: list[str] = []
     columns: list[str] = []
     row: list[str] = []
     results: list[str] = []
-    for j in range(vectors):
+    for j, place in enumerate(places[:vectors]):
         spelled, factor = f"SUM_{j}", None
         if shape.integer:
             columns.append(f"const vf scales{j} = vf_load(scale + n + {j} * VL);")
             spelled = f"vf_mul(vi_float(SUM_{j}), scales{j})"
             factor = (f"vi_float(SUM_{j})", f"scales{j}")
-        printer = VectorPrinter(
-            pointers.params, lambda view, j=j: place(view, j), spelled, factor=factor,
-            prefix=f"t{j}_",
-        )  # fmt: skip
+        printer = VectorPrinter(pointers.params, place, spelled, factor=factor, prefix=f"t{j}_")
         if packed:
             assert isinstance(step.epilogue, Quantize)
             results.append(printer.unpacked(step.epilogue))
         else:
-            target = place(step.out, j)
+            target = place(step.out)
             printer.store(step.epilogue, target.pointer, target.stride)
         for into, lines in zip((once, columns, row), printer.lines, strict=True):
             into += lines
     if packed:
         assert isinstance(step.epilogue, Quantize)
         assert isinstance(step.epilogue.zero_point, Const)
-        verb = "vi_to_u8s" if step.epilogue.dtype == "UINT8" else "vi_to_s8s"
-        four = ", ".join((results * 3)[:4] if vectors < 4 else results)
+        verb = "vi_join_u8" if step.epilogue.dtype == "UINT8" else "vi_join_s8"
+        four = ", ".join((results * 2)[:4])
         zero = int(step.epilogue.zero_point.value)
         row.append(
             f"{verb}({target.pointer}, {four}, {vectors}, (int){pointers.params.add(float(zero))});"
@@ -136,12 +120,3 @@ def _ending(
         lines += (f"  {line}".replace("SUM", f"c{r}").replace("[ROW]", f"[{r}]") for line in row)
         lines.append("}")
     return lines
-
-
-def _packs(epilogue: Expr) -> bool:
-    """Whether the result is bytes by a constant scale and zero point."""
-    return (
-        isinstance(epilogue, Quantize)
-        and isinstance(epilogue.scale, Const)
-        and isinstance(epilogue.zero_point, Const)
-    )

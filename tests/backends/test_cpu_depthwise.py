@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optcompiler_cpu.isa import ISAS, supported
-from tests.backends.test_cpu import compiled, integers, program, scale
+from tests.backends.test_cpu import HERE, compiled, program
+from tests.backends.test_cpu_integers import integers, scale
 from tests.support import random_inputs, run_onnx
-
-HERE = [name for name, isa in ISAS.items() if supported(isa)]
 
 CASES = {
     "whole groups": (64, (7, 9), 3, {}),

@@ -19,7 +19,8 @@ from optcompiler_cpu.backend import CpuBackend
 from optcompiler_cpu.isa import ISAS, supported
 from optcompiler_cpu.naming import TAKEN, is_name, library_name
 from optcompiler_cpu.toolchain import LIBRARIES
-from tests.backends.test_cpu import FLOATS, INTEGERS, program
+from tests.backends.test_cpu import FLOATS, program
+from tests.backends.test_cpu_integers import INTEGERS
 from tests.support import random_inputs, run_onnx
 
 TINY = "(float[2, 3] x) => (float[2, 3] y) { y = Relu(x) }"
@@ -365,3 +366,18 @@ def test_an_arm_library_agrees_under_an_emulator(
     )
     assert done.returncode == 0, done.stderr
     assert "values agree" in done.stdout
+
+
+def test_code_has_no_warnings_and_the_same_bytes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from optcompiler_cpu import toolchain
+
+    monkeypatch.setattr(toolchain, "FLAGS", (*toolchain.FLAGS, "-Werror"))
+    body, weights = INTEGERS["convolutions"]
+    files = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        CpuBackend().lower(program(body, **weights), oc.Target("cpu", threads=1), tmp_path / place)
+        files.append({f.name: f.read_bytes() for f in (tmp_path / place).rglob("*.*")})
+    assert files[0] == files[1]

@@ -16,7 +16,8 @@ import optcompiler as oc
 from optcompiler_cpu.backend import emit
 from optcompiler_cpu.isa import ISAS, pick_isa
 from optcompiler_cpu.packaging import package
-from tests.backends.test_cpu import FLOATS, INTEGERS, program
+from tests.backends.test_cpu import FLOATS, program
+from tests.backends.test_cpu_integers import INTEGERS
 from tests.nets import NETS
 
 NATIVE = pick_isa({}).name

@@ -91,7 +91,7 @@ INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 INLINE float vf_hmin(vf a) { return _mm512_reduce_min_ps(a); }
 INLINE vf vf_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 /* as many of a, b, c, d as `count` says (2 to 4) plus `zero`, saturated, as adjacent bytes */
-#define OC_PACKED(name, pack)                                                                             \
+#define OC_JOIN(name, pack)                                                                             \
   INLINE void name(void *p, vi a, vi b, vi c, vi d, int count, int zero) {                                \
     const __m512i z = _mm512_set1_epi16((short)zero);                                                     \
     const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), z);                                    \
@@ -102,9 +102,9 @@ INLINE vf vf_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
     else if (count == 2) _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(bytes));                \
     else _mm512_mask_storeu_epi32(p, (__mmask16)0x0fff, bytes);                                           \
   }
-OC_PACKED(vi_to_u8s, _mm512_packus_epi16)
-OC_PACKED(vi_to_s8s, _mm512_packs_epi16)
-INLINE vi vi_dots(vi c, vi bytes, vi w) { return _mm512_dpbusd_epi32(c, bytes, w); }
+OC_JOIN(vi_join_u8, _mm512_packus_epi16)
+OC_JOIN(vi_join_s8, _mm512_packs_epi16)
+INLINE vi vi_dot4(vi c, vi bytes, vi w) { return _mm512_dpbusd_epi32(c, bytes, w); }
 #define OC_LIVE(n) ((n) == 64 ? ~0ull : (1ull << (n)) - 1)
 /* the first `live` of 64 bytes at four places as lanes of four; vector q has 16 l + 4 q + (0 to 3), l from 0 to 3 */
 INLINE void vi_unpack(const uint8_t *p, const uint8_t *q, const uint8_t *r, const uint8_t *s, int live, vi *x0, vi *x1,
@@ -120,7 +120,7 @@ INLINE void vi_unpack(const uint8_t *p, const uint8_t *q, const uint8_t *r, cons
   *x3 = _mm512_unpackhi_epi16(high, above);
 }
 /* vectors in that order plus `zero`, saturated, as the first `live` of 64 bytes */
-#define OC_LANES(name, pack)                                                               \
+#define OC_JOIN_LANES(name, pack)                                                               \
   INLINE void name(void *p, vi a, vi b, vi c, vi d, int live, int zero) {                  \
     const __m512i z = _mm512_set1_epi16((short)zero);                                      \
     const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), z);                     \
@@ -128,8 +128,8 @@ INLINE void vi_unpack(const uint8_t *p, const uint8_t *q, const uint8_t *r, cons
     if (live == 64) _mm512_storeu_si512(p, bytes);                                         \
     else _mm512_mask_storeu_epi8(p, OC_LIVE(live), bytes);                                 \
   }
-OC_LANES(vi_lanes_to_u8, _mm512_packus_epi16)
-OC_LANES(vi_lanes_to_s8, _mm512_packs_epi16)
+OC_JOIN_LANES(vi_join_lanes_u8, _mm512_packus_epi16)
+OC_JOIN_LANES(vi_join_lanes_s8, _mm512_packs_epi16)
 /* bytes of `count` planes (2 to 4) as pixels: a[0] b[0] ... a[1] b[1] ..., the first n pixels */
 INLINE void vi_weave(void *p, vi a, vi b, vi c, vi d, int count, int n) {
   const __m512i low = _mm512_set1_epi32(255);
@@ -346,19 +346,19 @@ INLINE void vi_weave(void *p, vi a, vi b, vi c, vi d, int count, int n) {
   for (int i = 0; i < n; ++i)
     for (int k = 0; k < count; ++k) *q++ = t[k][i];
 }
-INLINE void oc_pack(void *p, vi v, int zero, int low, int high) {
+INLINE void oc_join(void *p, vi v, int zero, int low, int high) {
   vi_to8(p, vi_min(vi_max(vi_add(vi_max(v, vi_set(-1000)), vi_set(zero)), vi_set(low)), vi_set(high)));
 }
-#define OC_PACKED(name, low, high)                                         \
+#define OC_JOIN(name, low, high)                                         \
   INLINE void name(void *p, vi a, vi b, vi c, vi d, int count, int zero) { \
     uint8_t *const q = p;                                                  \
-    oc_pack(q, a, zero, low, high);                                        \
-    oc_pack(q + VL, b, zero, low, high);                                   \
-    if (count > 2) oc_pack(q + 2 * VL, c, zero, low, high);                \
-    if (count > 3) oc_pack(q + 3 * VL, d, zero, low, high);                \
+    oc_join(q, a, zero, low, high);                                        \
+    oc_join(q + VL, b, zero, low, high);                                   \
+    if (count > 2) oc_join(q + 2 * VL, c, zero, low, high);                \
+    if (count > 3) oc_join(q + 3 * VL, d, zero, low, high);                \
   }
-OC_PACKED(vi_to_u8s, 0, 255)
-OC_PACKED(vi_to_s8s, -128, 127)
+OC_JOIN(vi_join_u8, 0, 255)
+OC_JOIN(vi_join_s8, -128, 127)
 #endif
 
 INLINE vf vf_loads(const float *p, long s, int n) { float t[VL] = {0}; for (int i = 0; i < n; ++i) t[i] = p[i * s]; return vf_load(t); }
