@@ -288,7 +288,7 @@ def qdq_layer(g: Graph, d: Draw) -> Any:
         levels = g.add("QuantizeLinear", weight, scale, zero, axis=axis, hidden=True)
         weight = g.add("DequantizeLinear", levels, scale, zero, axis=axis, hidden=True)
     else:
-        weight = pair(g, d, weight, grid(g, d, INT8, 2.0))
+        weight = pair(g, d, weight, grid(g, d, spread=d.one_of((2.0, 0.2))))
     bias = g.weight(0.3 * g.array((width,))) if d.chance(70) else None
     if conv:
         y = g.add("Conv", x, weight, bias)

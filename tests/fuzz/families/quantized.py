@@ -17,7 +17,7 @@ def grid(
     """A scale that takes [-spread, spread] to the type's range, and a zero point."""
     dtype = dtype or d.one_of((UINT8, INT8))
     scale = g.weight(np.float32(spread / 127), shared=False)
-    zero = 128 if dtype == UINT8 else 0
+    zero = 128 if dtype == UINT8 and d.chance(80) else 0
     if d.chance(20):
         zero += 3
     return scale, g.weight(np.asarray(zero), dtype, shared=False)
