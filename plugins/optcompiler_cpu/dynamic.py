@@ -1,6 +1,13 @@
-"""Matrix products of two computed operands: each panel of the second is packed before its tiles."""
+"""Matrix products of two computed operands: each panel of the second is packed before its tiles.
+
+The work is divided by rows, in slices that whole tiles of every panel fill, so that what a thread
+computes the softmax between two products finds in the same thread's cache. A part packs every panel
+that it needs, so with as many matrices as parts each goes to one.
+"""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -75,22 +82,28 @@ def print_dynamic(step: MatMul, isa: Isa) -> KernelCode:
         memory = [f"{kind.weight} *const panel = ({kind.weight} *)scratch;"]
         packing = f"pack_{tiling.kind}(panel, {source}, {place});"
         weights, first_sums = "panel", "init + k.init"
-    total = units * len(blocks)
+    slice_rows = math.lcm(*(c.rows for c in blocks))
+    slices = -(-m // slice_rows)
     body = [
         f"static const struct oc_block blocks[] = {{{table}}};",
         *memory,
-        f"const int first = (int)((long)part * {total} / parts);",
-        f"const int last = (int)((long)(part + 1) * {total} / parts);",
-        "for (int t = first; t < last; ++t) {",
-        f"  const long unit = t / {len(blocks)};",
-        f"  const struct oc_block k = blocks[t % {len(blocks)}];",
+        f"const int whole = {units} >= parts ? {slices} : 1;",
+        f"const int first = (int)((long)part * {units * slices} / whole / parts) * whole;",
+        f"const int last = (int)((long)(part + 1) * {units * slices} / whole / parts) * whole;",
+        "for (int t = first, next; t < last; t = next) {",
+        f"  const long unit = t / {slices};",
+        f"  next = (int)(unit + 1) * {slices} < last ? (int)(unit + 1) * {slices} : last;",
+        f"  const int low = t % {slices} * {slice_rows}, end = low + (next - t) * {slice_rows};",
+        f"  const int high = end < {m} ? end : {m};",
         *(f"  {line}" for line in coordinates("unit", batch, names)),
-        f"  {packing}",
-        "  for (int i = 0; i < k.tiles; ++i) {",
-        "    const int inside = i * k.rows;",
-        f"    const int rows = inside + k.rows <= {m} ? k.rows : {m} - inside;",
-        f"    const long m = unit * {m} + inside;",
-        *(f"    {line}" for line in tile_call(shape, a, weights, first_sums, tiles, args, tiling)),
+        f"  for (int b = 0; b < {len(blocks)}; ++b) {{",
+        "    const struct oc_block k = blocks[b];",
+        f"    {packing}",
+        "    for (int inside = low; inside < high; inside += k.rows) {",
+        "      const int rows = inside + k.rows <= high ? k.rows : high - inside;",
+        f"      const long m = unit * {m} + inside;",
+        *(f"      {x}" for x in tile_call(shape, a, weights, first_sums, tiles, args, tiling)),
+        "    }",
         "  }",
         "}",
     ]

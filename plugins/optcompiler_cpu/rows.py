@@ -11,7 +11,7 @@ from optcompiler.lowering.ir import (
     Softmax,
     product,
 )
-from optcompiler_cpu.code import KernelCode, Pointers, linear
+from optcompiler_cpu.code import KernelCode, Pointers, coordinates, linear
 from optcompiler_cpu.expressions import VectorPrinter, vectorisable
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.loops import function, scalar_printer
@@ -110,14 +110,15 @@ def _blocks_of_rows(
     """
     room = -(-(length + isa.lanes) // isa.lanes) * isa.lanes
     outer = [d for d in range(len(nest.sizes)) if d != lane]
-    widest = max(outer, key=lambda d: (nest.sizes[d], -d), default=None)
-    size = 1 if widest is None else nest.sizes[widest]
+    sizes = tuple(nest.sizes[d] for d in outer)
+    size = product(sizes)
     rows = max(min(BLOCK_ROWS, size, BLOCK_BYTES // (room * 4)), 1)
     first, last = (
         (f"(long)part * {size} / parts", f"(long)(part + 1) * {size} / parts")
         if parallel
         else ("0L", f"{size}L")
     )
+    places = coordinates("(block + r)", sizes, [f"i{d}" for d in outer])
     body = [
         f"const long end = {last};",
         f"for (long block = {first}; block < end; block += {rows}) {{",
@@ -125,18 +126,15 @@ def _blocks_of_rows(
         f"  float first[{rows}], second[{rows}];",
         "  (void)first;",
     ]
-    unused = [f"    (void)i{widest};"]
     for phase in phases:
         body += [
             "  for (int r = 0; r < rows; ++r) {",
-            *([] if widest is None else [f"    const long i{widest} = block + r;", *unused]),
+            *(f"    {line}" for line in places),
             f"    float *const v = (float *)scratch + (long)r * {room};",
             *(f"    {line}" for line in phase),
             "  }",
         ]
-    body += ["}"]
-    skip = [lane] if widest is None else [lane, widest]
-    return outer_loops(nest, skip, body, False), rows * room * 4
+    return [*body, "}"], rows * room * 4
 
 
 def _rows(nest: Nest, skip: list[int], body: list[str], parallel: bool) -> list[str]:
