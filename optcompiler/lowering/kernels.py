@@ -42,10 +42,10 @@ def kernel_of(step: Step) -> Kernel:
     kind, dtype, macs, shape = _work(step)
     points = _points(step)
     flops = sum(_weight(e) * points for e in step.expressions())
-    moved = _touched(step.out) * itemsize(step.out.dtype)
+    moved = touched(step.out) * itemsize(step.out.dtype)
     weights = 0
     for view in {(v.buffer.index, v.offset): v for v in step.reads()}.values():
-        size = _touched(view) * itemsize(view.dtype)
+        size = touched(view) * itemsize(view.dtype)
         if isinstance(step, Gather) and view is step.data:
             size = step.out.elements * itemsize(view.dtype)
         if view.buffer.kind == "constant":
@@ -128,7 +128,8 @@ def _weight(root: Expr) -> int:
     return total
 
 
-def _touched(view: View) -> int:
+def touched(view: View) -> int:
+    """Elements of the view in memory: those that it repeats count once."""
     return product(
         tuple(n for n, s in zip(view.shape, view.strides, strict=True) if s != 0 or n == 1)
     )

@@ -16,6 +16,7 @@ from optcompiler.lowering import kernel_of, lower, plan
 from optcompiler.lowering.ir import Conv, Lowered, Step
 from optcompiler.program import Program
 from optcompiler.target import Target
+from optcompiler_cpu.attention import Attention, fused, kernel_of_attention
 from optcompiler_cpu.isa import ISAS, Isa, pick_isa, supported
 from optcompiler_cpu.legalize import legalize
 from optcompiler_cpu.module import Module, describe, print_module
@@ -114,7 +115,7 @@ class CpuBackend(Backend):
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
         isa = pick_isa(target.options)
         lowered = _lowered(program, values=False)
-        return [_as_printed(step, kernel_of(step), isa) for step in lowered.steps]
+        return [_as_printed(step, isa) for step in fused(lowered.steps)]
 
     def lower(
         self, program: Program, target: Target, directory: Path, choices: Choices | None = None
@@ -163,8 +164,11 @@ class CpuBackend(Backend):
         return versions()
 
 
-def _as_printed(step: Step, kernel: Kernel, isa: Isa) -> Kernel:
-    """The kernel with the work that the C printed for it does."""
+def _as_printed(step: Step, isa: Isa) -> Kernel:
+    """The step as a kernel with the work that the C printed for it does."""
+    if isinstance(step, Attention):
+        return kernel_of_attention(step)
+    kernel = kernel_of(step)
     if isinstance(step, Conv) and is_winograd(step, isa):
         return replace(kernel, kind="winograd", macs=multiplications(step))
     return kernel

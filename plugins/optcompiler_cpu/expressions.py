@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from optcompiler.lowering.ir import (
     Accumulator,
@@ -28,6 +28,10 @@ FLOAT_OPS = frozenset({
     "erf", "tanh", "sigmoid", "gelu", "gelu_tanh", "sin", "cos", "floor", "ceil", "round",
     "reciprocal", "isnan", "isinf", "eq", "lt", "le", "gt", "ge", "where",
 })  # fmt: skip
+NEAR = frozenset({"gelu", "gelu_tanh"})
+NEAR_SCALE = 0.004
+"""Functions with a shorter form that is off by a thirtieth of this step at most."""
+
 PLAIN = (0.0, 1.0, -1.0, 0.5, 2.0)
 """Constants that stay in the code; others are parameters, so that like kernels share code."""
 
@@ -246,6 +250,8 @@ class VectorPrinter:
         if isinstance(arg, Accumulator) and self.factor is not None:
             raw, scales = self.factor
             return f"vf_mul({raw}, {self._shared(f'vf_mul({scales}, {factor})', 1)})", 2
+        if isinstance(arg, Call) and arg.op in NEAR and expr.scale.value >= NEAR_SCALE:
+            arg = replace(arg, op=f"{arg.op}_near")
         x, level = self._value(arg)
         return f"vf_mul({x}, {factor})", level
 

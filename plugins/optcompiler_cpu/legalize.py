@@ -3,6 +3,7 @@
 Convolution inputs get a halo (a border that holds the zero point) in memory, so that kernels have
 no border checks: their producers write inside it where they can. Signed activations become
 unsigned, as `vpdpbusd` wants. Expressions that vectors cannot compute move to loops of their own.
+Two products and the softmax between them become one step.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from optcompiler.lowering.ir import (
     row_major,
     walk,
 )
+from optcompiler_cpu.attention import fused
 from optcompiler_cpu.depthwise import is_direct
 from optcompiler_cpu.depthwise_bytes import tail_of
 from optcompiler_cpu.expressions import vectorisable
@@ -51,6 +53,7 @@ def legalize(lowered: Lowered, isa: Isa) -> None:
     _room_to_read(lowered, isa)
     _halos(lowered)
     _tails(lowered, isa)
+    lowered.steps = fused(lowered.steps)
 
 
 def _tails(lowered: Lowered, isa: Isa) -> None:

@@ -29,6 +29,7 @@ from optcompiler.lowering.ir import (
     Step,
     TopK,
 )
+from optcompiler_cpu.attention import Attention, print_attention
 from optcompiler_cpu.code import KernelCode, Pointer
 from optcompiler_cpu.contraction import prepared, print_contraction, print_tile, tile_name
 from optcompiler_cpu.depthwise import is_direct, print_depthwise
@@ -79,7 +80,7 @@ PRINTERS: Mapping[type[Step], Callable[[Any, Isa], KernelCode]] = {
     Loop: print_loop, Conv: _contraction, MatMul: _contraction, Gather: print_gather,
     CumSum: print_cumsum, Halo: print_halo, Softmax: print_softmax,
     Normalization: print_normalization, Reduction: print_reduction, Pooling: print_pooling,
-    Scatter: print_scatter, TopK: print_top_k,
+    Scatter: print_scatter, TopK: print_top_k, Attention: print_attention,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from optcompiler.lowering.ir import (
     Softmax,
     product,
 )
-from optcompiler_cpu.code import KernelCode, Pointers, coordinates, linear
+from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.expressions import VectorPrinter, vectorisable
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.loops import function, scalar_printer
@@ -44,10 +44,38 @@ def _require_vectors(step: Softmax | Normalization | Reduction | Pooling) -> Non
 
 def print_softmax(step: Softmax, isa: Isa) -> KernelCode:
     _require_vectors(step)
+    pointers = Pointers()
+    phases, nest = _softmax_phases(step, isa, pointers)
+    parallel = step.out.elements * 4 >= SERIAL_ELEMENTS
+    lines, scratch = _blocks_of_rows(
+        nest, step.axis, step.out.shape[step.axis], phases, parallel, isa
+    )
+    return function(pointers, lines, parallel, scratch=scratch)
+
+
+def softmax_of_rows(step: Softmax, isa: Isa) -> KernelCode:
+    """`@_rows(unit, low, high, q, scratch)`: rows `low` to `high` of matrix `unit` of a softmax
+    along the last axis."""
+    pointers = Pointers()
+    phases, _ = _softmax_phases(step, isa, pointers)
+    *units, count, length = step.out.shape
+    names = [f"i{d}" for d in range(len(units))]
+    places = [f"const long i{len(units)} = block + r;", f"(void)i{len(units)};"]
+    lines, scratch = rows_in_blocks(phases, length, places, count, ("low", "high"), isa)
+    lines = [*coordinates("unit", units, names), *lines]
+    lines = [*pointers.declarations(lines), "(void)unit;", *lines]
+    text = (
+        "static void @_rows(long unit, int low, int high, char *const *q, char *scratch) {\n"
+        f"{indent(lines)}\n}}\n"
+    )
+    return KernelCode(text, pointers.finish(), scratch_bytes=scratch)
+
+
+def _softmax_phases(step: Softmax, isa: Isa, pointers: Pointers) -> tuple[list[list[str]], Nest]:
+    """For `rows_in_blocks`: the greatest, exponentials and their sum, quotients."""
     shape = step.out.shape
     nest = nest_of(shape, [step.out], step.out, keep=True)
     lane, length = step.axis, shape[step.axis]
-    pointers = Pointers()
     pointers.view(step.out, written=True)
     place = placer(pointers, nest, lane)
 
@@ -94,34 +122,41 @@ def print_softmax(step: Softmax, isa: Isa) -> KernelCode:
             *_scoped(vector_loop(length, isa.lanes, write)),
         ],
     ]
-    parallel = step.out.elements * 4 >= SERIAL_ELEMENTS
-    lines, scratch = _blocks_of_rows(nest, lane, length, phases, parallel, isa)
-    return function(pointers, lines, parallel, scratch=scratch)
+    return phases, nest
 
 
 def _blocks_of_rows(
     nest: Nest, lane: int, length: int, phases: list[list[str]], parallel: bool, isa: Isa
 ) -> tuple[list[str], int]:
-    """Loops over rows, some at a time, and the bytes of scratch they take.
-
-    What one phase finds out about a row the next one waits for: every phase goes over all rows of
-    a block, so that the processor has others to work on. Of row `r` of the block, `v` is the place
-    in scratch, `first[r]` and `second[r]` are numbers that phases leave for later ones.
-    """
-    room = -(-(length + isa.lanes) // isa.lanes) * isa.lanes
+    """Every row of the nest, as `rows_in_blocks`, divided among threads where `parallel`."""
     outer = [d for d in range(len(nest.sizes)) if d != lane]
     sizes = tuple(nest.sizes[d] for d in outer)
     size = product(sizes)
-    rows = max(min(BLOCK_ROWS, size, BLOCK_BYTES // (room * 4)), 1)
-    first, last = (
+    bounds = (
         (f"(long)part * {size} / parts", f"(long)(part + 1) * {size} / parts")
         if parallel
         else ("0L", f"{size}L")
     )
     places = coordinates("(block + r)", sizes, [f"i{d}" for d in outer])
+    return rows_in_blocks(phases, length, places, size, bounds, isa)
+
+
+def rows_in_blocks(
+    phases: list[list[str]], length: int, places: list[str], count: int,
+    bounds: tuple[str, str], isa: Isa,
+) -> tuple[list[str], int]:  # fmt: skip
+    """Loops over rows of `length` floats, some at a time, and the bytes of scratch they take.
+
+    What one phase finds out about a row the next one waits for: every phase goes over all rows of
+    a block, so that the processor has others to work on. Of row `block + r`, whose coordinates
+    `places` declares, `v` is the place in scratch, `first[r]` and `second[r]` are numbers that
+    phases leave for later ones. There are at most `count` rows.
+    """
+    room = -(-(length + isa.lanes) // isa.lanes) * isa.lanes
+    rows = max(min(BLOCK_ROWS, count, BLOCK_BYTES // (room * 4)), 1)
     body = [
-        f"const long end = {last};",
-        f"for (long block = {first}; block < end; block += {rows}) {{",
+        f"const long end = {bounds[1]};",
+        f"for (long block = {bounds[0]}; block < end; block += {rows}) {{",
         f"  const int rows = block + {rows} <= end ? {rows} : (int)(end - block);",
         f"  float first[{rows}], second[{rows}];",
         "  (void)first;",

@@ -250,6 +250,28 @@ def test_a_gelu_between_products_takes_no_step() -> None:
 
 
 @pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_a_gelu_kept_in_eight_bits_is_near(form: str, isa: str, tmp_path: Path) -> None:
+    """Off by a thirtieth of a step at most, so it rounds otherwise only close to the middle of
+    two integers; far from zero it is exact."""
+    size, step = 6000, 0.004
+    source = program(
+        f"""(float[{size}] x) => (uint8[{size}] y) {{
+            g = Gelu<approximate = "{form}">(x) y = QuantizeLinear(g, step, zero) }}""",
+        step=np.array(step, np.float32), zero=np.array(50, np.uint8),
+    )  # fmt: skip
+    special = np.array([-1e9, 1e9, -40, np.inf], np.float32)
+    x = np.concatenate([np.linspace(-6, 0.9, size - 4, dtype=np.float32), special])
+    wide = x.astype(np.float64)
+    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    bell = np.tanh(inner) if form == "tanh" else np.vectorize(math.erf)(wide / math.sqrt(2))
+    exact = wide / 2 * (1 + bell) / step + 50
+    got = compiled(source, tmp_path, isa, {"x": x})[0].astype(np.float64)
+    assert np.abs(got - exact)[:-4].max() < 0.5 + 1 / 30
+    np.testing.assert_array_equal(got[-4:], [50, 255, 50, 255])
+
+
+@pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("planes", [2, 3, 4])
 def test_planes_quantised_to_pixels(planes: int, isa: str, tmp_path: Path) -> None:
     source = program(
