@@ -535,7 +535,7 @@ INLINE vf vf_gelu_tanh(vf x) {
 }
 /* Either form by an odd polynomial, where eight bits are kept of the result: error below 1.4e-4, 0 or x from 4 on. */
 INLINE vf vf_gelu_near(vf x) {
-  vf t = vf_min(vf_max(x, vf_set(-4.0f)), vf_set(4.0f)), s = vf_mul(t, t);
+  vf y = vf_max(vf_set(-4.0f), x), t = vf_min(vf_set(4.0f), y), s = vf_mul(t, t);
   vf p = vf_set(-4.400779463e-10f);
   p = vf_fma(p, s, vf_set(5.066133113e-08f));
   p = vf_fma(p, s, vf_set(-2.313490995e-06f));
@@ -544,10 +544,10 @@ INLINE vf vf_gelu_near(vf x) {
   p = vf_fma(p, s, vf_set(9.041151963e-03f));
   p = vf_fma(p, s, vf_set(-6.506667286e-02f));
   p = vf_fma(p, s, vf_set(3.981881440e-01f));
-  return vf_mul(x, vf_fma(t, p, vf_set(0.5f)));
+  return vf_mul(y, vf_fma(t, p, vf_set(0.5f)));
 }
 INLINE vf vf_gelu_tanh_near(vf x) {
-  vf t = vf_min(vf_max(x, vf_set(-4.0f)), vf_set(4.0f)), s = vf_mul(t, t);
+  vf y = vf_max(vf_set(-4.0f), x), t = vf_min(vf_set(4.0f), y), s = vf_mul(t, t);
   vf p = vf_set(-1.137576366e-09f);
   p = vf_fma(p, s, vf_set(9.567788339e-08f));
   p = vf_fma(p, s, vf_set(-3.493473969e-06f));
@@ -556,7 +556,7 @@ INLINE vf vf_gelu_tanh_near(vf x) {
   p = vf_fma(p, s, vf_set(9.508554824e-03f));
   p = vf_fma(p, s, vf_set(-6.585232913e-02f));
   p = vf_fma(p, s, vf_set(3.984789252e-01f));
-  return vf_mul(x, vf_fma(t, p, vf_set(0.5f)));
+  return vf_mul(y, vf_fma(t, p, vf_set(0.5f)));
 }
 INLINE vf vf_sigmoid(vf x) { return vf_reciprocal(vf_add(vf_set(1.0f), vf_exp(vf_neg(x)))); }
 INLINE vf vf_sign(vf x) {
