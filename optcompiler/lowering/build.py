@@ -128,12 +128,15 @@ class Builder:
             known = evaluate_constant(self.exprs[value], self.shape(value))
             if known is not None:
                 self.flat.constants[value] = known
+        if known is None and value in self.flat.stored:
+            known = self.flat.constants[value] = self.flat.stored[value].floats()
         return known
 
     def expr(self, value: ir.Value, shape: tuple[int, ...] | None = None) -> Expr:
         """The value as an expression, broadcast to `shape`."""
         if value not in self.exprs:
-            array = self.flat.constants[value]
+            array = self.array(value)
+            assert array is not None
             if array.size == 1:
                 dtype = ir.DataType.from_numpy(array.dtype).name
                 item = array.reshape(-1)[0].item()

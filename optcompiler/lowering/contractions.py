@@ -32,6 +32,7 @@ from optcompiler.lowering.ir import (
     row_major,
 )
 from optcompiler.lowering.reduce import emit_reduction
+from optcompiler.lowering.stored import HALVES, Stored
 from optcompiler.lowering.windows import convolve, window_pads
 
 INTEGERS = frozenset({"UINT8", "INT8"})
@@ -83,12 +84,21 @@ def operands(
     """Both integers where both sides are quantised and the target multiplies such, else floats.
 
     A constant second side is INT8 without a zero point, whatever it was stored as; a computed one
-    has its zero point in the middle of its type.
+    has its zero point in the middle of its type. Where the target reads such weights, a constant
+    second side stays as it is stored beside floats, and beside integers if it is in blocks.
     """
-    second = low.expr(b)
-    if permute_b:
-        second = map_views(second, lambda v: v.permute((1, 0)))
-    qa, qb = quantised(low.expr(a), None), quantised(second, axis_b)
+    qa = quantised(low.expr(a), None)
+    kept = stored_operand(low, b, axis_b, permute_b)
+    if kept is not None and kept.quantization is not None and kept.quantization.block and qa:
+        return qa, kept
+    if kept is not None and (qa is None or kept.quantization is None):
+        return float_operand(low, node, a, narrow=frozenset()), kept
+    qb = kept
+    if qb is None:
+        second = low.expr(b)
+        if permute_b:
+            second = map_views(second, lambda v: v.permute((1, 0)))
+        qb = quantised(second, axis_b)
     if qa is not None and qb is not None and qb.quantization is not None:
         if qb.view.buffer.array is not None:
             qb = _centred(low, qb, axis_b)
@@ -96,7 +106,70 @@ def operands(
             qb = None
         if qb is not None:
             return qa, qb
+    if kept is not None:
+        return float_operand(low, node, a, narrow=frozenset()), kept
     return float_operand(low, node, a), float_operand(low, node, b, permute_b)
+
+
+def stored_operand(low: Lowering, value: ir.Value, axis: int, permute: bool) -> Operand | None:
+    """A constant as it is stored, if that is by channels or along K, and of a type to keep."""
+    rank = len(low.shape(value))
+    if not low.stored or not (rank == 2 or (axis == 0 and _ungrouped(value))):
+        return None
+    found = low.flat.stored.get(value)
+    if found is None and value in low.exprs:
+        expr = low.exprs[value]
+        if permute:
+            expr = map_views(expr, lambda v: v.permute((1, 0)))
+        operand = quantised(expr, axis)
+        if operand is None or operand.view.buffer.array is None:
+            return None
+        return operand if operand.view.dtype in low.stored else None
+    if found is None:
+        array = low.flat.constants.get(value)
+        if array is None or low.flat.dtype(value) not in (low.stored & HALVES) - low.narrow:
+            return None
+        found = Stored(array)
+    if permute:
+        found = found.permuted((1, 0))
+    view = low.constant(found.levels, value.name or "")
+    if found.scale is None:
+        return Operand(view)
+    scale = _by_columns(found, found.scale, axis)
+    if scale is None:
+        return None
+    zero = np.zeros_like(scale, np.int32)
+    if found.zero_point is not None:
+        given = _by_columns(found, found.zero_point, axis)
+        if given is None:
+            return None
+        zero = np.broadcast_to(given, scale.shape)
+    return Operand(view, Quantization(scale, zero, found.block))
+
+
+def _ungrouped(value: ir.Value) -> bool:
+    """Whether no convolution of groups reads the value: their kernels want floats."""
+    return all(
+        use.node.op_type != "Conv" or use.node.attributes.get_int("group", 1) == 1
+        for use in value.uses()
+    )
+
+
+def _by_columns(stored: Stored, parameter: np.ndarray, axis: int) -> np.ndarray | None:
+    """A parameter as [], [N] or, in blocks, [blocks of K, N]; None where it varies otherwise."""
+    rank = stored.levels.ndim
+    columns, depth = axis % rank, (0 if axis % rank == rank - 1 else 1)
+    if not stored.block:
+        if any(n > 1 for i, n in enumerate(parameter.shape) if i != columns):
+            return None
+        return parameter.reshape(-1) if parameter.size > 1 else parameter.reshape(())
+    if stored.axis != depth:
+        return None
+    taps = stored.levels.shape[2:] if columns == 0 else ()
+    if product(taps) > 1 and stored.levels.shape[depth] % stored.block:
+        return None
+    order = (*range(2, rank), depth, columns) if columns == 0 else (depth, columns)
+    return np.ascontiguousarray(parameter.transpose(order).reshape(-1, parameter.shape[columns]))
 
 
 def _middle(view: View) -> int:
@@ -104,11 +177,12 @@ def _middle(view: View) -> int:
 
 
 def _centred(low: Lowering, operand: Operand, axis: int) -> Operand | None:
-    """A constant operand as INT8 less its zero point, or None where that does not fit."""
+    """A constant operand less its zero point, as INT8 or as the INT4 that it is; None where neither
+    holds it."""
     quantization = operand.quantization
     assert quantization is not None
     zero = quantization.zero_point
-    if operand.view.dtype == "INT8" and not zero.any():
+    if operand.view.dtype in {"INT8", "INT4"} and not zero.any():
         return operand
     array = view_array(operand.view).astype(np.int32)
     along = [1] * array.ndim
@@ -117,13 +191,20 @@ def _centred(low: Lowering, operand: Operand, axis: int) -> Operand | None:
     limits = np.iinfo(np.int8)
     if array.size and (array.min() < limits.min or array.max() > limits.max):
         return None
-    view = low.constant(array.astype(np.int8), operand.view.buffer.source)
+    nibbles = operand.view.dtype in {"INT4", "UINT4"}
+    few = nibbles and bool(array.size) and array.min() >= -8 and array.max() <= 7
+    kind = ir.DataType.INT4.numpy() if few else np.dtype(np.int8)
+    view = low.constant(array.astype(kind), operand.view.buffer.source)
     return Operand(view, Quantization(quantization.scale, np.zeros_like(zero)))
 
 
-def float_operand(low: Lowering, node: ir.Node, value: ir.Value, permute: bool = False) -> Operand:
+def float_operand(
+    low: Lowering, node: ir.Node, value: ir.Value, permute: bool = False,
+    narrow: frozenset[str] | None = None,
+) -> Operand:  # fmt: skip
+    """The value in floats, of types in `narrow` (the target's, if None) as they are."""
     array = low.array(value)
-    if low.flat.dtype(value) in SMALL - low.narrow:
+    if low.flat.dtype(value) in SMALL - (low.narrow if narrow is None else narrow):
         if array is not None:
             view = low.constant(array.astype(np.float32), value.name or "")
         else:
@@ -157,7 +238,7 @@ def bias_of(
     if value is None:
         return None, None
     expr = low.expr(value)
-    if a.quantization is None or b.quantization is None:
+    if a.quantization is None or b.quantization is None or b.quantization.block:
         array = low.array(value)
         if array is None:
             return None, cast(expr, "FLOAT")
@@ -194,7 +275,8 @@ def lower_conv(low: Lowering, node: ir.Node) -> None:
     shape = low.shape(out)
     rank = len(shape) - 2
     dtype = low.flat.dtype(out)
-    if rank not in (1, 2) or low.array(w) is None or dtype not in FLOATS:
+    constant = low.flat.is_constant(w) or low.array(w) is not None
+    if rank not in (1, 2) or not constant or dtype not in FLOATS:
         convolve(low, node)
         return
     a, b = operands(low, node, x, w, 0)

@@ -55,11 +55,13 @@ class Lowering(Builder):
         decompositions: Mapping[str, Decomposition],
         computed_integers: bool = False,
         narrow: frozenset[str] = frozenset(),
+        stored: frozenset[str] = frozenset(),
     ) -> None:
         self.rules = rules
         self.computed_integers = computed_integers
         self.narrow = narrow
-        super().__init__(flatten(program, values, self.has_rule, decompositions))
+        self.stored = stored
+        super().__init__(flatten(program, values, self.has_rule, decompositions, stored))
         self.done: set[ir.Node] = set()
 
     def has_rule(self, node: ir.Node, facts: Facts) -> bool:
@@ -94,7 +96,7 @@ class Lowering(Builder):
         rule(self, node)
 
     def ensure(self, value: ir.Value | None) -> None:
-        if value is None or value in self.exprs or value in self.flat.constants:
+        if value is None or value in self.exprs or self.flat.is_constant(value):
             return
         producer = value.producer()
         if producer is not None:

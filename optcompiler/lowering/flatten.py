@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -17,9 +17,11 @@ from onnx_ir.passes import common as ir_passes
 from optcompiler.errors import InputError, UnsupportedOperatorError
 from optcompiler.lowering.expand import Decomposition, Facts, expansion, infer, splice
 from optcompiler.lowering.ir import ITEM_SIZES, product
+from optcompiler.lowering.stored import Stored, dequantised, stored_by
 from optcompiler.ops.spec import attributes_of
 from optcompiler.program import Program, static_shape
 
+KERNEL_BYTES = ("INT8", "UINT8")
 KERNEL_INTEGERS = (np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int32))
 """Types whose constants stay integers, for a contraction or the expression that reads them."""
 
@@ -41,13 +43,18 @@ class Flat:
     """A program without functions.
 
     `nodes` are in topological order without those whose results are constants; `constants` holds
-    initializers and folded results; `shapes` those of every tensor.
+    initializers and folded results, `stored` results that were left as their operands are stored;
+    `shapes` those of every tensor.
     """
 
     program: Program
     nodes: list[ir.Node] = field(default_factory=list[ir.Node])
     constants: dict[ir.Value, np.ndarray] = field(default_factory=dict[ir.Value, np.ndarray])
+    stored: dict[ir.Value, Stored] = field(default_factory=dict[ir.Value, Stored])
     shapes: dict[ir.Value, tuple[int, ...]] = field(default_factory=dict[ir.Value, tuple[int, ...]])
+
+    def is_constant(self, value: ir.Value) -> bool:
+        return value in self.constants or value in self.stored
 
     def dtype(self, value: ir.Value) -> str:
         return value.dtype.name if value.dtype is not None else "UNDEFINED"
@@ -66,11 +73,13 @@ def flatten(
     values: bool = True,
     has_rule: Callable[[ir.Node, Facts], bool] = lambda node, facts: True,
     decompositions: Mapping[str, Decomposition] = MappingProxyType({}),
+    stored: Collection[str] = (),
 ) -> Flat:
     """Expand functions, fold constants, and check that every shape is static.
 
     Nodes for which `has_rule` is false are expanded: by `decompositions`, by the function body
-    that their schema has, or, for control flow whose condition is known, by what is taken.
+    that their schema has, or, for control flow whose condition is known, by what is taken. `stored`
+    names types whose constants stay as they are where contractions alone read what they stand for.
 
     Raises `InputError` for a symbolic dimension, naming the input, and
     `UnsupportedOperatorError` for a tensor type without a lowered form. Without `values`, quantised
@@ -111,6 +120,8 @@ def flatten(
         if any(static_shape(v) is None for v in node.outputs):
             infer(node, facts)
         _check_sizes(node)
+        if _keep(node, flat, stored):
+            continue
         if _fold(node, flat, values):
             flat.shapes.update((v, flat.constants[v].shape) for v in node.outputs)
             continue
@@ -122,6 +133,22 @@ def flatten(
         _settle(node, flat)
         flat.nodes.append(node)
     return flat
+
+
+def _keep(node: ir.Node, flat: Flat, types: Collection[str]) -> bool:
+    """Whether the node's output is one that `flat.stored` holds now."""
+    values = [None if v is None else flat.constants.get(v) for v in node.inputs]
+    source = flat.dtype(node.inputs[0]) if node.inputs and node.inputs[0] is not None else ""
+    bytes_in_channels = source in KERNEL_BYTES and not flat.attributes(node).get("block_size")
+    if not types or (node.op_type == "DequantizeLinear" and bytes_in_channels):
+        return False
+    if any(v is None and i is not None for v, i in zip(values[1:], node.inputs[1:], strict=True)):
+        return False
+    found = stored_by(node, values, flat.stored, flat.attributes(node), types)
+    if found is not None:
+        flat.stored[node.outputs[0]] = found
+        flat.shapes[node.outputs[0]] = found.levels.shape
+    return found is not None
 
 
 def _fold(node: ir.Node, flat: Flat, contents: bool) -> bool:
@@ -153,40 +180,17 @@ def _fold(node: ir.Node, flat: Flat, contents: bool) -> bool:
     if node.op_type == "DequantizeLinear":
         block = int(flat.attributes(node).get("block_size") or 0)
         if values[0] is not None and (block or values[0].dtype not in KERNEL_INTEGERS):
-            flat.constants[node.outputs[0]] = dequantize_constant(node, flat, values, block)
+            axis = int(flat.attributes(node).get("axis", 1))
+            flat.constants[node.outputs[0]] = dequantised(values, axis, block).floats()
             return True
         return False
-    if node.op_type == "QuantizeLinear" and not flat.attributes(node).get("block_size"):
+    if node.op_type == "QuantizeLinear":
         out = node.outputs[0]
         flat.constants[out] = quantize_constant(node, flat, values, contents)
         return True
     for value, array in zip(node.outputs, evaluate(node, values), strict=True):
         flat.constants[value] = np.asarray(array)
     return True
-
-
-def dequantize_constant(
-    node: ir.Node, flat: Flat, values: list[np.ndarray | None], block: int
-) -> np.ndarray:
-    """`(q - zero_point) * scale` for types and granularities that kernels do not read."""
-    q, scale, *rest = values
-    assert q is not None
-    assert scale is not None
-    axis = int(flat.attributes(node).get("axis", 1)) % max(q.ndim, 1)
-
-    def spread(parameter: np.ndarray) -> np.ndarray:
-        real = parameter.astype(np.float32)
-        if block:
-            whole = np.repeat(real, block, axis)
-            return np.take(whole, np.arange(q.shape[axis]), axis)
-        if real.size == 1:
-            return real.reshape(())
-        return real.reshape([-1 if i == axis else 1 for i in range(q.ndim)])
-
-    levels = q.astype(np.float32)
-    if rest and rest[0] is not None:
-        levels -= spread(rest[0])
-    return levels * spread(scale)
 
 
 def quantize_constant(
@@ -203,6 +207,8 @@ def quantize_constant(
         if contents:
             return np.asarray(evaluate(node, values)[0])
         return np.broadcast_to(np.zeros((), kind), x.shape)
+    if flat.attributes(node).get("block_size"):
+        return np.asarray(evaluate(node, values)[0])
     wide = [1] * x.ndim
     if scale.ndim == 1 and scale.size > 1:
         wide[int(flat.attributes(node).get("axis", 1)) % x.ndim] = scale.size

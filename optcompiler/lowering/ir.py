@@ -235,11 +235,13 @@ class Quantization:
     """How integers stand for reals: `(q - zero_point) * scale`.
 
     `scale` is float32 and `zero_point` int32, both of shape [] (per tensor) or [channels]: the
-    output channels of a contraction's second operand.
+    output channels of a contraction's second operand. With `block` they are [blocks, channels]:
+    each for `block` elements of K, the last for what is left; K of a Conv is [KH, KW, C].
     """
 
     scale: np.ndarray
     zero_point: np.ndarray
+    block: int = 0
 
     @property
     def per_tensor(self) -> bool:
@@ -294,6 +296,9 @@ class MatMul(Step):
     FLOAT. `bias` is an array of shape [N] or None; a bias that is not constant is part of the
     epilogue. The elements of a row of `a` are adjacent (stride 1 along K). Operands are of one
     type, whose products are summed in FLOAT: FLOAT, or one that the printer asked for (`narrow`).
+    Beside an `a` of FLOAT, a constant `b` may be quantised alone, with any zero point, or be of
+    half floats, where the printer asked for it (`stored`); so may a `b` in blocks beside integers,
+    whose sum is then FLOAT, block by block.
     """
 
     a: Operand

@@ -26,6 +26,9 @@ from optcompiler.lowering.ir import (
     walk,
 )
 
+FEW_BITS = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
+"""Bits of a constant's elements, where packed ones take less than a byte."""
+
 TRANSCENDENTAL = {
     "exp": 8, "log": 8, "erf": 12, "tanh": 12, "sigmoid": 12, "gelu": 14, "gelu_tanh": 14,
     "pow": 20, "div": 4,
@@ -46,12 +49,16 @@ def kernel_of(step: Step) -> Kernel:
     weights = 0
     for view in {(v.buffer.index, v.offset): v for v in step.reads()}.values():
         size = touched(view) * itemsize(view.dtype)
+        if view.buffer.kind == "constant" and view.dtype in FEW_BITS:
+            size = -(-touched(view) * FEW_BITS[view.dtype] // 8)
         if isinstance(step, Gather) and view is step.data:
             size = step.out.elements * itemsize(view.dtype)
         if view.buffer.kind == "constant":
             weights += size
         else:
             moved += size
+    if isinstance(step, (MatMul, Conv)) and step.b.quantization is not None:
+        weights += step.b.quantization.scale.nbytes if step.b.quantization.block else 0
     return Kernel(
         name=step.name,
         kind=kind,

@@ -19,7 +19,7 @@ RULES = {**LAYOUT, **CONTRACTIONS, **REDUCTIONS, **COMPOSITES, **INDEXED}
 
 def lower(
     program: Program, *, plan: bool = True, values: bool = True, computed_integers: bool = False,
-    narrow: frozenset[str] = frozenset(),
+    narrow: frozenset[str] = frozenset(), stored: frozenset[str] = frozenset(),
 ) -> Lowered:  # fmt: skip
     """Lower a program of static shapes.
 
@@ -35,7 +35,7 @@ def lower(
 
     Raises `InputError` for dynamic shapes and `UnsupportedOperatorError` naming operator and node.
     """
-    lowering = Lowering(program, RULES, values, DECOMPOSITIONS, computed_integers, narrow)
+    lowering = Lowering(program, RULES, values, DECOMPOSITIONS, computed_integers, narrow, stored)
     lowered = lowering.run()
     if plan:
         arena.plan(lowered)

@@ -125,7 +125,7 @@ def absorbed(
 
     def ready(node: ir.Node, value: ir.Value | None) -> bool:
         made = value.producer() if value is not None else None
-        if made is None or value in low.exprs or value in low.flat.constants:
+        if made is None or value is None or value in low.exprs or low.flat.is_constant(value):
             return True
         return made in members | found or node not in following(low, made, pointwise)[0]
 

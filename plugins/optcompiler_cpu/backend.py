@@ -31,10 +31,11 @@ from optcompiler_cpu.toolchain import (
     target_machine,
     versions,
 )
+from optcompiler_cpu.weights import STORED
 from optcompiler_cpu.winograd import is_winograd, multiplications
 
 _lowered = functools.partial(
-    lower, plan=False, computed_integers=True, narrow=frozenset({"BFLOAT16"})
+    lower, plan=False, computed_integers=True, narrow=frozenset({"BFLOAT16"}), stored=STORED
 )
 """Lowering for the kernels there are here."""
 

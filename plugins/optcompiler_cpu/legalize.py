@@ -44,16 +44,32 @@ from optcompiler_cpu.depthwise_bytes import tail_of
 from optcompiler_cpu.expressions import vectorisable
 from optcompiler_cpu.halo import Halo
 from optcompiler_cpu.isa import Isa
+from optcompiler_cpu.weights import floats_of, is_compressed
+from optcompiler_cpu.winograd import is_winograd
 
 
 def legalize(lowered: Lowered, isa: Isa) -> None:
     """Rewrite `lowered.steps` in place, for kernels of `isa`."""
+    _widened(lowered, isa)
     _vectors(lowered)
     _unsigned(lowered)
     _room_to_read(lowered, isa)
     _halos(lowered)
     _tails(lowered, isa)
     lowered.steps = fused(lowered.steps)
+
+
+def _widened(lowered: Lowered, isa: Isa) -> None:
+    """Weights of few bits become floats where the kernel transforms them ahead of time."""
+    for i, step in enumerate(lowered.steps):
+        if isinstance(step, Conv) and is_compressed(step) and step.a.quantization is None:
+            shape = step.b.view.shape
+            buffer = Buffer(len(lowered.buffers), "FLOAT", product(shape), "constant", "")
+            wide = replace(step, b=Operand(View(buffer, shape, row_major(shape))))
+            if is_winograd(wide, isa):
+                buffer.array = floats_of(step)
+                lowered.buffers.append(buffer)
+                lowered.steps[i] = wide
 
 
 def _tails(lowered: Lowered, isa: Isa) -> None:

@@ -47,6 +47,7 @@ from optcompiler_cpu.rows import (
 )
 from optcompiler_cpu.scalars import C_TYPES, PACKED
 from optcompiler_cpu.short import is_short, print_short
+from optcompiler_cpu.weights import is_compressed, print_weights
 from optcompiler_cpu.winograd import is_winograd, print_winograd
 
 ALIGNMENT = 64
@@ -60,6 +61,15 @@ EMBEDDED_CREATE = """\
   if (!weights_path) return @NAME@_create_from_memory(@NAME@_embedded, WEIGHTS_SIZE);
 """
 
+HELPERS = {
+    "amx": "amx_",
+    "half": "vh_",
+    "pack": "pack_",
+    "weights": "weights_",
+    "winograd": "winograd_",
+}
+"""Headers of `runtime` that kernels may need, and how the names in them begin."""
+
 UNIT_BYTES = 40_000
 """C text per translation unit, roughly."""
 
@@ -69,6 +79,8 @@ def _contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         return (
             print_depthwise_bytes(step, isa) if is_bytes(step, isa) else print_depthwise(step, isa)
         )
+    if is_compressed(step):
+        return print_weights(step, isa)
     if isinstance(step, Conv) and is_winograd(step, isa):
         return print_winograd(step, isa)
     if isinstance(step, MatMul) and not prepared(step):
@@ -164,10 +176,12 @@ def print_module(
         if any(SCALAR_HELPERS.search(text) for text in unit):
             headers.append("scalar.h")
             sources["src/scalar.h"] = template("scalar.h")
-        for stem in ("amx", "pack", "winograd"):
-            if any(f"{stem}_" in text for text in unit):
+        for stem, prefix in HELPERS.items():
+            if any(prefix in text for text in unit):
                 headers.append(f"{stem}.h")
                 sources[f"src/{stem}.h"] = template(f"{stem}.h")
+        if "weights.h" in headers:
+            sources["src/half.h"] = template("half.h")
         included = "\n".join(f'#include "{header}"' for header in headers)
         sources[f"src/kernels_{i}.c"] = "\n".join([f"{included}\n", *unit])
     arena = -(-(lowered.arena_bytes + 2 * ALIGNMENT) // ALIGNMENT) * ALIGNMENT
