@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from optcompiler.lowering.build import channels_last, map_views, rewrite
+from optcompiler.lowering.build import channels_last, map_views, rewrite, view_array
 from optcompiler.lowering.expressions import cast
 from optcompiler.lowering.ir import (
     Accumulator,
@@ -44,6 +44,7 @@ from optcompiler_cpu.depthwise_bytes import tail_of
 from optcompiler_cpu.expressions import vectorisable
 from optcompiler_cpu.halo import Halo
 from optcompiler_cpu.isa import Isa
+from optcompiler_cpu.weight_bytes import is_nibble_product, stays_nibbles
 from optcompiler_cpu.weights import floats_of, is_compressed
 from optcompiler_cpu.winograd import is_winograd
 
@@ -60,8 +61,18 @@ def legalize(lowered: Lowered, isa: Isa) -> None:
 
 
 def _widened(lowered: Lowered, isa: Isa) -> None:
-    """Weights of few bits become floats where the kernel transforms them ahead of time."""
+    """Weights of few bits become floats where the kernel transforms them ahead of time, and nibbles
+    that meet integers become bytes where these are quicker."""
     for i, step in enumerate(lowered.steps):
+        if isinstance(step, (Conv, MatMul)) and is_nibble_product(step) and not stays_nibbles(step):
+            array = view_array(step.b.view)
+            if isinstance(step, MatMul):
+                array = array[(0,) * (array.ndim - 2)]
+            buffer = Buffer(len(lowered.buffers), "INT8", array.size, "constant", "")
+            buffer.array = np.ascontiguousarray(array, np.int8)
+            lowered.buffers.append(buffer)
+            view = View(buffer, array.shape, row_major(array.shape)).broadcast(step.b.view.shape)
+            lowered.steps[i] = replace(step, b=replace(step.b, view=view))
         if isinstance(step, Conv) and is_compressed(step) and step.a.quantization is None:
             shape = step.b.view.shape
             buffer = Buffer(len(lowered.buffers), "FLOAT", product(shape), "constant", "")
@@ -184,15 +195,19 @@ def _room_to_read(lowered: Lowered, isa: Isa) -> None:
             if isinstance(step, Conv) and not any(step.pads):  # a halo makes a copy anyway
                 steps.append(copy := _copy(lowered, step, channels_last(shape)))
                 step = replace(step, a=replace(step.a, view=copy.out))
-            elif isinstance(step, MatMul) and shape[-1] % _step_of(isa, step.a.view.dtype, shape):
+            elif isinstance(step, MatMul) and shape[-1] % _step_of(isa, step, shape):
                 steps.append(copy := _copy(lowered, step, row_major(shape)))
                 step = replace(step, a=replace(step.a, view=copy.out))
         steps.append(step)
     lowered.steps = steps
 
 
-def _step_of(isa: Isa, dtype: str, shape: tuple[int, ...]) -> int:
-    return isa.tiling(dtype, product(shape[:-1])).step
+def _step_of(isa: Isa, step: MatMul, shape: tuple[int, ...]) -> int:
+    """What K must be a multiple of for no read to pass its end."""
+    block = step.b.quantization.block if step.b.quantization is not None else 0
+    if block % 4:
+        return shape[-1] + 1
+    return isa.tiling(step.a.view.dtype, product(shape[:-1])).step
 
 
 def _copy(lowered: Lowered, step: Conv | MatMul, strides: tuple[int, ...]) -> Loop:

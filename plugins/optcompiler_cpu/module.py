@@ -47,6 +47,7 @@ from optcompiler_cpu.rows import (
 )
 from optcompiler_cpu.scalars import C_TYPES, PACKED
 from optcompiler_cpu.short import is_short, print_short
+from optcompiler_cpu.weight_bytes import is_nibble_product, print_weight_bytes
 from optcompiler_cpu.weights import is_compressed, print_weights
 from optcompiler_cpu.winograd import is_winograd, print_winograd
 
@@ -79,6 +80,8 @@ def _contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
         return (
             print_depthwise_bytes(step, isa) if is_bytes(step, isa) else print_depthwise(step, isa)
         )
+    if is_nibble_product(step) or (is_compressed(step) and step.a.quantization is not None):
+        return print_weight_bytes(step, isa)
     if is_compressed(step):
         return print_weights(step, isa)
     if isinstance(step, Conv) and is_winograd(step, isa):

@@ -8,7 +8,7 @@ floats in scratch, and the tiles of float weights multiply it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,23 +119,25 @@ def floats_of(step: Conv) -> np.ndarray:
     return np.ascontiguousarray(wide, np.float32)
 
 
-def packed(weights: Weights, columns: list[tuple[int, int]], isa: Isa) -> np.ndarray:
-    """Panels of levels, one after another: `[K][width]`, nibbles `[K / 8][width][8]`.
-
-    Blocks of nibbles begin a new lane; zeros fill up.
+def packed(
+    weights: Weights, columns: list[tuple[int, int]], isa: Isa, shifts: Sequence[int]
+) -> np.ndarray:
+    """Panels of levels, one after another: `[K][width]`, or `[K / n][width]` lanes of 32 bits with
+    the level of place i, of n, moved up by `shifts[i]`. Blocks begin a new lane; zeros fill up.
     """
-    levels, per = weights.levels, weights.form.levels
+    levels, per = weights.levels, len(shifts)
     if per > 1:
+        mask = 15 if weights.form.levels == 8 else 255
         whole = weights.depth // weights.block * weights.block
         parts = [levels[:whole].reshape(-1, weights.block, levels.shape[1]), levels[None, whole:]]
         fill = [((0, 0), (0, -part.shape[1] % per), (0, 0)) for part in parts]
         even = [
             np.pad(part, f).reshape(-1, part.shape[2]) for part, f in zip(parts, fill, strict=True)
         ]
-        nibbles = np.concatenate(even).astype(np.uint32).reshape(-1, per, levels.shape[1]) & 15
-        levels = np.zeros(nibbles.shape[::2], np.uint32)
-        for place in range(per):
-            levels |= nibbles[:, place] << np.uint32(4 * place)
+        few = np.concatenate(even).astype(np.uint32).reshape(-1, per, levels.shape[1]) & mask
+        levels = np.zeros(few.shape[::2], np.uint32)
+        for place, shift in enumerate(shifts):
+            levels |= few[:, place] << np.uint32(shift)
     return spread_columns(levels, columns, isa)
 
 
@@ -187,10 +189,10 @@ class Panels:
         return ", ".join([f"w + k.init * {self.words}L", *([scale, zero] if scale else [])])
 
 
-def _panels(
+def add_parameters(
     weights: Weights, columns: list[tuple[int, int]], pointers: Pointers, isa: Isa
-) -> Panels:
-    pointers.data("w", packed(weights, columns, isa), weights.form.ctype)
+) -> str:
+    """Add pointers `scale` and `zero`, where there are such; the C type of the scales."""
     scale_type = "float"
     if weights.scale is not None:
         scale = np.ascontiguousarray(weights.scale, np.float32)
@@ -201,7 +203,15 @@ def _panels(
     if weights.zero_point is not None:
         zero = weights.zero_point.astype(np.int8)
         pointers.data("zero", spread_columns(zero, columns, isa), "int8_t")
-    return Panels(weights, columns, scale_type)
+    return scale_type
+
+
+def _panels(
+    weights: Weights, columns: list[tuple[int, int]], pointers: Pointers, isa: Isa
+) -> Panels:
+    shifts = [4 * i for i in range(weights.form.levels)]
+    pointers.data("w", packed(weights, columns, isa, shifts), weights.form.ctype)
+    return Panels(weights, columns, add_parameters(weights, columns, pointers, isa))
 
 
 def _table(

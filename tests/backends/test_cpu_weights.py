@@ -19,7 +19,10 @@ from optcompiler.target import Target
 from optcompiler_cpu.backend import CpuBackend
 from optcompiler_cpu.isa import ISAS, supported
 
-HERE = [name for name, isa in ISAS.items() if supported(isa)]
+SAME = {"amx_int8", "avx512_bf16"}
+"""Instruction sets whose kernels here are those of avx512_vnni."""
+
+HERE = [name for name, isa in ISAS.items() if supported(isa) and name not in SAME]
 HEAD = '<ir_version: 10, opset_import: ["": 22]> g '
 LIMITS = {"INT4": (-8, 8), "UINT4": (0, 16), "INT8": (-128, 128), "UINT8": (0, 256)}
 

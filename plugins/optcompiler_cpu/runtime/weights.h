@@ -26,6 +26,9 @@ INLINE vi weights_bytes(vi w) {
   return vi_xor(vi_sub(turned, vi_set(0x08080808)), vi_set((int32_t)0x80808080));
 }
 
+/* ones in the first n of four bytes, n from 1 on */
+INLINE int32_t weights_ones(long n) { return n >= 4 ? 0x01010101 : 0x01010101 & ((1 << 8 * n) - 1); }
+
 /* sums of each block of a row */
 INLINE void weights_sums(float *sums, const float *a, long depth, long block) {
   for (long g = 0; g * block < depth; ++g) {
@@ -35,16 +38,6 @@ INLINE void weights_sums(float *sums, const float *a, long depth, long block) {
     sums[g] = sum;
   }
 }
-/* the same of bytes, less their zero point; whole numbers that floats hold */
-INLINE void weights_sums_u8(float *sums, const uint8_t *a, long depth, long block, int zero) {
-  for (long g = 0; g * block < depth; ++g) {
-    const long stop = (g + 1) * block < depth ? (g + 1) * block : depth;
-    int32_t sum = 0;
-    for (long k = g * block; k < stop; ++k) sum += a[k] - zero;
-    sums[g] = (float)sum;
-  }
-}
-
 /* Row k of a panel of floats from vectors of levels; `zero` is null where all are 0. */
 INLINE void weights_row(float *row, vf level, vf scale, const int8_t *zero, int j) {
   vf_store(row + j, vf_mul(zero ? vf_sub(level, vi_float(vi_s8(zero + j))) : level, scale));
