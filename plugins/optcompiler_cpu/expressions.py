@@ -20,8 +20,14 @@ from optcompiler.lowering.ir import (
 from optcompiler_cpu.scalars import LIMITS, is_number
 
 NARROW = frozenset({"UINT8", "INT8", "INT32"})
-WIDENED = frozenset({"FLOAT", "BFLOAT16"})
-"""Types that vectors of floats hold; bfloat16 is rounded when cast to and when stored."""
+HALVES = {"BFLOAT16": "vb", "FLOAT16": "vh"}
+"""Floats of two bytes, and how their operations begin: they are rounded when cast to and stored."""
+
+WIDENED = frozenset({"FLOAT", *HALVES})
+"""Types that vectors of floats hold."""
+
+PREFIXES = {"FLOAT": "vf", "INT32": "vi", "BOOL": "vm", **HALVES}
+"""How loads and stores of whole vectors begin, by type; bytes are of several spellings."""
 
 FLOAT_OPS = frozenset({
     "add", "sub", "mul", "div", "pow", "min", "max", "neg", "abs", "sign", "sqrt", "exp", "log",
@@ -152,11 +158,10 @@ class VectorPrinter:
     def store(self, expr: Expr, pointer: str, stride: int) -> None:
         """Append the store of `expr` (of the destination's type) to the innermost level."""
         dtype = expr.dtype
-        if dtype == "BFLOAT16" and isinstance(expr, Call) and expr.op == "cast":
+        if dtype in HALVES and isinstance(expr, Call) and expr.op == "cast":
             expr = expr.args[0]  # the store rounds
         name = self.print(expr)
-        kind, to = kind_of(dtype), {"FLOAT": "vf", "INT32": "vi", "BOOL": "vm", "BFLOAT16": "vb"}
-        prefix = to.get(dtype, "vi_to8")
+        kind, prefix = kind_of(dtype), PREFIXES.get(dtype, "vi_to8")
         count = self.count or "VL"
         if stride != 1:
             verb = f"{prefix}s" if prefix == "vi_to8" else f"{prefix}_stores"
@@ -188,7 +193,7 @@ class VectorPrinter:
         match expr:
             case Accumulator():
                 return self.accumulator, 2
-            case Const(dtype="FLOAT" | "BFLOAT16"):
+            case Const(dtype="FLOAT" | "BFLOAT16" | "FLOAT16"):
                 return f"vf_set({self._number(expr.value)})", 0
             case Const(dtype="BOOL"):
                 return f"vm_set({int(bool(expr.value))})", 0
@@ -210,12 +215,9 @@ class VectorPrinter:
         dtype, pointer, count = view.dtype, place.pointer, self.count or "VL"
         if place.stride == 0:
             one = f"*({pointer})"
-            spelled = {
-                "FLOAT": f"vf_set({one})", "BOOL": f"vm_set({one})", "BFLOAT16": f"vb_set({one})",
-            }  # fmt: skip
-            return spelled.get(dtype, f"vi_set({one})"), place.level
+            return f"{PREFIXES.get(dtype, 'vi')}_set({one})", place.level
         short = {"UINT8": "vi_u8", "INT8": "vi_s8"}.get(dtype)
-        prefix = {"FLOAT": "vf", "BOOL": "vm", "INT32": "vi", "BFLOAT16": "vb"}.get(dtype, "")
+        prefix = PREFIXES.get(dtype, "")
         if place.stride != 1:
             verb = f"{short}s" if short else f"{prefix}_loads"
             return f"{verb}({pointer}, {place.stride}, {count})", place.level
@@ -302,9 +304,9 @@ class VectorPrinter:
             case "cast":
                 if expr.dtype == "BOOL":
                     return f"vm_not(vf_eq({names[0]}, vf_set(0.0f)))", level
-                if expr.dtype == "BFLOAT16":
-                    return f"vb_round({names[0]})", level
-                if source == "BFLOAT16":
+                if expr.dtype in HALVES:
+                    return f"{HALVES[expr.dtype]}_round({names[0]})", level
+                if source in HALVES:
                     return names[0], level
                 verb = "vm_float" if source == "BOOL" else "vi_float"
                 return f"{verb}({names[0]})", level
@@ -325,4 +327,4 @@ class VectorPrinter:
 
 
 def kind_of(dtype: str) -> str:
-    return {"FLOAT": "vf", "BFLOAT16": "vf", "BOOL": "vm"}.get(dtype, "vi")
+    return "vf" if dtype in WIDENED else "vm" if dtype == "BOOL" else "vi"

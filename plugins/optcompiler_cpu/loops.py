@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from optcompiler.lowering.ir import CumSum, Gather, Loop, View
 from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
-from optcompiler_cpu.expressions import Place, VectorPrinter, vectorisable
+from optcompiler_cpu.expressions import PREFIXES, WIDENED, Place, VectorPrinter, vectorisable
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.nest import (
     SERIAL_ELEMENTS,
@@ -154,7 +154,7 @@ def print_gather(step: Gather, isa: Isa) -> KernelCode:
     head = linear(before, step.data.strides[:axis], step.data.offset)
     start = f"{data} + {head} + at * {step.data.strides[axis]}L"
     parallel = step.out.elements >= SERIAL_ELEMENTS
-    simple = vectorisable(step.epilogue) and step.data.dtype == "FLOAT" and bool(after)
+    simple = vectorisable(step.epilogue) and step.data.dtype in WIDENED and bool(after)
     if not simple:
         text = loaded(step.data.dtype, f"({start})[{linear(after, tail)}]")
         printer = scalar_printer(pointers, nest, text)
@@ -168,9 +168,10 @@ def print_gather(step: Gather, isa: Isa) -> KernelCode:
 
     def emit(count: str | None) -> list[str]:
         lanes = count or "VL"
-        spelled = f"vf_loads({start} + {inner}, {tail[-1]}, {lanes})"
+        verb = f"{PREFIXES[step.data.dtype]}_load"
+        spelled = f"{verb}s({start} + {inner}, {tail[-1]}, {lanes})"
         if tail[-1] == 1:
-            spelled = f"vf_loadn({start} + {inner}, {lanes})"
+            spelled = f"{verb}n({start} + {inner}, {lanes})"
         printer = VectorPrinter(pointers.params, place, spelled, count)
         target = place(step.out)
         printer.store(step.epilogue, target.pointer, target.stride)

@@ -67,7 +67,8 @@ class Case:
 
     def text(self, text: str, suffix: str) -> str:
         """The text with a suffix after every name."""
-        names = set(re.findall(r"\b[a-z]\d?\b", self.inputs + self.outputs + self.nodes))
+        every = f"{self.inputs} {self.outputs} {self.nodes}"
+        names = set(re.findall(r"\b[a-z]\b", every))
         return re.sub(rf"\b({'|'.join(sorted(names))})\b", rf"\g<1>{suffix}", text)
 
 
