@@ -147,22 +147,6 @@ def _panel_bytes(step: MatMul) -> int:
     return product(step.b.view.shape[-2:]) * itemsize(step.b.view.dtype)
 
 
-def _only_view(steps: Sequence[Step], view: View, users: Sequence[Step]) -> View | None:
-    """The view, where it is the only one of its buffer, and only `users` have it."""
-    buffer = view.buffer
-    if buffer.kind != "temp":
-        return None
-    for step in steps:
-        for other in (step.out, *step.reads()):
-            if other.buffer is buffer and (
-                step not in users
-                or (other.shape, other.strides, other.offset)
-                != (view.shape, view.strides, view.offset)
-            ):
-                return None
-    return view
-
-
 def _rows(view: View, index: int) -> View:
     """A view of rows in scratch with the shape of `view`."""
     *batch, m, n = view.shape
