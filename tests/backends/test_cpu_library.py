@@ -308,6 +308,44 @@ def test_the_check_holds_and_fails_where_weights_or_values_differ(net: str, tmp_
     assert re.fullmatch(r"mine: output y differs by \S+, more than 0.001\n", done.stdout)
 
 
+CALLER = r"""
+#include "net.h"
+#include <stdio.h>
+static float x[64 * 96 * 96], y[10];
+int main(int count, char **given) {
+  net_handle *net = net_create(given[1]);
+  if (count != 2 || !net || net_set_threads(net, 2)) return 1;
+  const void *inputs[] = {x};
+  void *outputs[] = {y};
+  for (int i = 0; i < 3; ++i) net_run(net, inputs, outputs);
+  FILE *status = fopen("/proc/self/status", "r");
+  char line[256];
+  long kilobytes = 0;
+  while (fgets(line, sizeof line, status)) sscanf(line, "VmHWM: %ld", &kilobytes);
+  printf("%ld\n", kilobytes);
+  return 0;
+}
+"""
+
+
+def test_it_takes_the_memory_of_weights_and_arena(tmp_path: Path) -> None:
+    """And less than 10 MB beside them, the program that calls it included."""
+    source = program(
+        """(float[1, 64, 96, 96] x) => (float[1, 10] y) {
+            a = Conv<pads = [1, 1, 1, 1]>(x, w0) b = Relu(a) c = Conv<pads = [1, 1, 1, 1]>(b, w0)
+            d = Add(c, b) e = AveragePool<kernel_shape = [6, 6], strides = [6, 6]>(d)
+            f = Flatten(e) g = MatMul(f, w1) y = MatMul(g, w2)
+        }""",
+        w0=(64, 64, 3, 3), w1=(16384, 512), w2=(512, 10),
+    )  # fmt: skip
+    code = lowered(source, tmp_path)
+    (tmp_path / "caller.c").write_text(CALLER)
+    ran("cc", f"-I{code}", "caller.c", code / "libnet.a", *LIBRARIES, "-o", "caller", cwd=tmp_path)
+    took = 1024 * int(ran(tmp_path / "caller", code / "net.weights", cwd=tmp_path))
+    weights = (code / "net.weights").stat().st_size
+    assert weights < took < weights + INFO[code]["arena_bytes"] + 10_000_000
+
+
 # -- another machine ----------------------------------------------------------------------------
 
 FOREIGN = """#!/bin/sh
