@@ -12,28 +12,43 @@ class Batched:
     """`call`, traced for batches of `size` samples, as a callable for any number of samples.
 
     Arrays and tensors among the arguments are cut along their first axis into pieces of `size`; the
-    last piece is filled up by repeating its last sample and the surplus results are dropped.
+    last piece is filled up to `least` samples (by default `size`) by repeating its last one, and
+    the surplus results are dropped.
     Outputs (arrays or tensors, in tuples, lists or dicts) are joined along their first axis.
     """
 
-    def __init__(self, call: Callable[..., Any], size: int) -> None:
+    def __init__(self, call: Callable[..., Any], size: int, least: int | None = None) -> None:
         self.call = call
         self.size = size
+        self.least = size if least is None else least
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = [a for a in _arrays((args, kwargs)) if a.ndim]
         total = max((int(a.shape[0]) for a in leaves), default=self.size)
-        if total == self.size:
+        if self.least <= total <= self.size:
             return self.call(*args, **kwargs)
         pieces = []
         for start in range(0, total, self.size):
             piece_args, piece_kwargs = _map(
-                lambda a, start=start: _piece(a, start, self.size, total), (args, kwargs)
+                lambda a, start=start: self._piece(a, start, total), (args, kwargs)
             )
             keep = min(self.size, total - start)
             result = self.call(*piece_args, **piece_kwargs)
             pieces.append(_map(lambda a, keep=keep: a[:keep] if a.ndim else a, result))
         return _join(pieces)
+
+    def _piece(self, array: Any, start: int, total: int) -> Any:
+        if not array.ndim or array.shape[0] != total:
+            return array
+        piece = array[start : start + self.size]
+        missing = max(self.least - piece.shape[0], 0)
+        if not missing:
+            return piece
+        if isinstance(array, np.ndarray):
+            return np.concatenate([piece, np.repeat(piece[-1:], missing, axis=0)])
+        import torch
+
+        return torch.cat([piece, piece[-1:].expand(missing, *piece.shape[1:])])
 
 
 def _is_array(leaf: Any) -> bool:
@@ -64,20 +79,6 @@ def _like(tree: Any, values: dict[Any, Any]) -> Any:
         return type(tree)(values)
     except TypeError:
         return values
-
-
-def _piece(array: Any, start: int, size: int, total: int) -> Any:
-    if not array.ndim or array.shape[0] != total:
-        return array
-    piece = array[start : start + size]
-    missing = size - piece.shape[0]
-    if not missing:
-        return piece
-    if isinstance(array, np.ndarray):
-        return np.concatenate([piece, np.repeat(piece[-1:], missing, axis=0)])
-    import torch
-
-    return torch.cat([piece, piece[-1:].expand(missing, *piece.shape[1:])])
 
 
 def _join(pieces: Sequence[Any]) -> Any:

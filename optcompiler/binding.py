@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +23,7 @@ def symbols(program: Program) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def refuse_unknown_sizes(program: Program, sizes: Mapping[str, int]) -> None:
+def refuse_unknown_sizes(program: Program, sizes: Iterable[str]) -> None:
     """Raise `InputError` for a size of a dimension that no input of the imported model has."""
     have = symbols(program)
     for name in sizes:

@@ -155,6 +155,11 @@ class Compiled:
         return self._artifact.outputs
 
     @property
+    def bounds(self) -> dict[str, tuple[int, int]]:
+        """The least and the greatest size of symbolic dimensions that have such, by name."""
+        return {name: (least, most) for name, least, most in self._artifact.signature.bounds}
+
+    @property
     def program(self) -> Program | None:
         """The final program, in the process that compiled it; None for a loaded artifact."""
         return self._program

@@ -92,7 +92,9 @@ def compile(
     "int8" or "bf16", or "auto" (all that the target has). `calibration`: an iterable of inputs, a
     folder of .npz files, or None.
     `passes`: None for the default pipeline, else names (with options), passes, or "default".
-    `dynamic`: dimensions that stay symbolic, see `frontend.import_model`. `damage`: "kl" or "nmse".
+    `dynamic`: dimensions that stay symbolic, see `frontend.import_model`; with bounds, as
+    `{"batch": (1, 32)}`, the artifact takes every size from the one to the other.
+    `damage`: "kl" or "nmse".
     `on_fault`: when a pass breaks its contract the compile begins again without it and with a
     `QuarantineWarning` ("continue"), or stops with a `PluginError` ("stop"). `time_limit_s`: what
     proposing, and each rewrite, may take per thousand nodes, in place of what the passes declare.
@@ -160,12 +162,12 @@ class Job:
     ) -> Job:  # fmt: skip
         from optcompiler.bounds import refuse_what_cannot_run
         from optcompiler.calibration import load_calibration, split_holdout
-        from optcompiler.frontend import import_model
+        from optcompiler.frontend import import_model, split_bounds
 
         start = time.perf_counter()
         if on_fault not in ("continue", "stop"):
             raise InputError(f'on_fault is {on_fault!r}; it is "continue" or "stop".')
-        target = Target.parse(target)
+        target = Target.parse(target).sized(split_bounds(dynamic)[1])
         if lock is not None:
             target = target.completed(lock.target)
         elif not timing:
@@ -183,7 +185,7 @@ class Job:
         teacher, signature = imported.program, imported.signature
         refuse_what_cannot_run(teacher, registry.domains)
         require_determined(teacher)
-        refuse_unknown_sizes(teacher, target.sizes)
+        refuse_unknown_sizes(teacher, target.all_sizes)
         if not capabilities.any_port:
             require_tensors(teacher, f"target {target}")
         teacher = protected(teacher)
@@ -362,8 +364,7 @@ class Job:
             bound = signature.bind(args, kwargs)
             return signature.restore(run(bound), like_torch=_any_torch((args, kwargs)))
 
-        size = fixed_batch(signature.inputs)
-        model = Batched(call, size) if size is not None else call
+        model = _batched(call, signature.inputs, signature.bounds)
         assert self.budget.metric is not None
         try:
             value = float(self.budget.metric(model))
@@ -447,7 +448,8 @@ class Job:
         times = finish.learn_kernels(session, final)
         if session.profile is not profile:
             device.remember(session.backend, session.target, session.profile)
-        signature = self.signature.with_ports(final.program)
+        bounds = tuple((dim, *ends) for dim, ends in session.target.bounds.items())
+        signature = replace(self.signature.with_ports(final.program), bounds=bounds)
         lossy = bool(probe and probe.chosen)
         batches = self.batches or ([session.check] if lossy else [])
         damage = number(
@@ -539,8 +541,8 @@ class Job:
         def run(*arrays: np.ndarray) -> list[np.ndarray]:
             return final.runner.run(finish.contiguous(dict(zip(names, arrays, strict=True))))
 
-        size = fixed_batch(final.program.inputs)
-        call = Batched(run, size) if size is not None else run
+        bounds = [(dim, *ends) for dim, ends in self.session.target.bounds.items()]
+        call = _batched(run, final.program.inputs, bounds)
         return judge.damage_of(lambda batch: call(*(batch[n] for n in names)))
 
     def _macs(self, program: Program) -> int:
@@ -622,11 +624,17 @@ def _example(imported: Imported, example_inputs: Any) -> Batch:
     return random_batch(program.inputs)
 
 
-def fixed_batch(ports: Sequence[Port]) -> int | None:
-    """The first dimension that all inputs share, when it is fixed."""
+def _batched(
+    call: Callable[..., Any], ports: Sequence[Port], bounds: Sequence[tuple[str, int, int]]
+) -> Callable[..., Any]:
+    """`call` for any number of samples, when the first dimension that all inputs share has a
+    fixed size or bounds."""
     firsts = {p.shape[0] for p in ports if p.shape}
-    size = next(iter(firsts)) if len(firsts) == 1 else None
-    return size if isinstance(size, int) else None
+    first = next(iter(firsts)) if len(firsts) == 1 else None
+    if isinstance(first, int):
+        return Batched(call, first)
+    ends = next(((least, most) for dim, least, most in bounds if dim == first), None)
+    return call if ends is None else Batched(call, ends[1], ends[0])
 
 
 def _samples(batch: Batch) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from optcompiler import scratch
 from optcompiler.backend import Runner
-from optcompiler.binding import fit
+from optcompiler.binding import bind, fit
 from optcompiler.damage import as_tensors, largest_error, nmse, run_batches
 from optcompiler.device import interleaved_us
 from optcompiler.errors import OptcompilerError, UnsupportedOperatorError, VerificationError
@@ -98,7 +98,8 @@ def build(session: Session, program: Program, label: str, *, check: bool = True)
     except BaseException:
         scratch.remove(code)
         raise
-    kernels = session.backend.kernels(program, session.target)
+    largest = bind(program, session.target.most)
+    kernels = session.backend.kernels(largest, session.target)
     each = [session.cost_model.kernel_us(k, session.profile) for k in kernels]
     total = session.cost_model.program_us(kernels, session.profile)
     built = Built(label, program, code, info, runner, kernels, each, total)
@@ -115,9 +116,30 @@ def compare(session: Session, built: Built) -> None:
     """Raise `VerificationError` when the artifact's outputs are not the executor's.
 
     Where the executor lacks an operator, they are compared with the model as imported, run by the
-    backend.
+    backend. Sizes that have bounds are compared at these and between.
     """
-    sample = sample_of(session)
+    for sizes in compared_sizes(session.target.bounds):
+        _compare_at(session, built, sample_of(session, sizes))
+
+
+def compared_sizes(bounds: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
+    """The greatest sizes, the least, and some between that are no multiples of what kernels take at
+    a time."""
+    most = {dim: high for dim, (_, high) in bounds.items()}
+    least = {dim: low for dim, (low, _) in bounds.items()}
+    between = {dim: _odd(low, high) for dim, (low, high) in bounds.items()}
+    found = [most, least, between]
+    return [sizes for i, sizes in enumerate(found) if sizes not in found[:i]]
+
+
+def _odd(low: int, high: int) -> int:
+    """A size between, a third up or more, with no small divisors where there is one."""
+    start = low + (high - low) // 3
+    inside = range(start, high)
+    return next((n for n in inside if all(n % d for d in (2, 3, 5))), start)
+
+
+def _compare_at(session: Session, built: Built, sample: Mapping[str, np.ndarray]) -> None:
     expected = session.run(built.program, sample)
     if not session.simulated:
         expected = session.run(session.teacher, sample)
@@ -207,9 +229,13 @@ def contiguous(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def sample_of(session: Session) -> dict[str, np.ndarray]:
-    """The check batch cut to the target's sizes, contiguous."""
-    return fit(session.check, session.teacher.inputs, session.target.sizes)
+def sample_of(session: Session, sizes: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+    """The check batch cut to the target's sizes, contiguous.
+
+    `sizes` are those of dimensions that have bounds, the greatest by default.
+    """
+    sizes = session.target.most if sizes is None else sizes
+    return fit(session.check, session.teacher.inputs, {**session.target.sizes, **sizes})
 
 
 def timed(session: Session, built: Built) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from optcompiler.archives import screen_archive, screen_members
 from optcompiler.errors import InputError, UnsupportedOperatorError
-from optcompiler.frontend import Dynamic, split_examples
+from optcompiler.frontend import Ends, split_examples
 from optcompiler.frontend_export import to_onnx
 from optcompiler.frontend_trees import children, tree_from_spec
 from optcompiler.importing import program_from_onnx, quiet
@@ -37,8 +37,11 @@ _POSITIONAL = (
 )
 
 
+Named = Mapping[str, Mapping[int, str]] | str | None
+
+
 def program_from_module(
-    model: torch.nn.Module, example_inputs: Any, dynamic: Dynamic
+    model: torch.nn.Module, example_inputs: Any, dynamic: Named, bounds: Mapping[str, Ends]
 ) -> tuple[Program, Signature]:
     """Trace an nn.Module or GraphModule in eval mode and convert it; see `import_model`."""
     if isinstance(model, torch.jit.ScriptModule):
@@ -61,7 +64,7 @@ def program_from_module(
         raise InputError(
             f"{type(model).__name__}: the example inputs do not fit forward{forward}: {error}."
         ) from error
-    args, kwargs, shapes, symbols = _dynamic_shapes(forward, args, kwargs, dynamic)
+    args, kwargs, shapes, symbols = _dynamic_shapes(forward, args, kwargs, dynamic, bounds)
     with _evaluating(model), torch.no_grad(), quiet():
         try:
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -218,7 +221,11 @@ def _positional_names(forward: inspect.Signature, count: int) -> list[str]:
 
 
 def _dynamic_shapes(
-    forward: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Dynamic
+    forward: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: Named,
+    bounds: Mapping[str, Ends],
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any] | None, list[dict[int, str]]]:
     """Example inputs fit for tracing, torch's `dynamic_shapes`, and the symbols of each tensor.
 
@@ -244,7 +251,15 @@ def _dynamic_shapes(
                 f"{', '.join(dict.fromkeys(leaf.name for leaf in leaves))}."
             )
     sizes = _sizes(leaves, wanted)
-    dims = {symbol: Dim(symbol, min=1) for symbol in sizes}
+    dims: dict[str, Any] = {}
+    for symbol, size in sizes.items():
+        least, most = bounds.get(symbol, (1, None))
+        if size < least or size > (most or size):
+            raise InputError(
+                f"the example inputs have {symbol} {size}, which is not from {least} to {most} as "
+                f"dynamic says; give others."
+            )
+        dims[symbol] = Dim(symbol, min=least, max=most)
     values = [
         _doubled(leaf.value, [a for a, s in axes.items() if sizes[s] == 1])
         for leaf, axes in zip(leaves, wanted, strict=True)
@@ -259,7 +274,7 @@ def _dynamic_shapes(
     return args, kwargs, shapes, tensors
 
 
-def _wanted(leaf: _Leaf, dynamic: Dynamic) -> dict[int, str]:
+def _wanted(leaf: _Leaf, dynamic: Named) -> dict[int, str]:
     if not isinstance(leaf.value, torch.Tensor):
         return {}
     if isinstance(dynamic, str):

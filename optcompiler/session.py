@@ -150,7 +150,9 @@ class Session:
         return bind(program, self.target.sizes)
 
     def kernels(self, program: Program) -> Sequence[Kernel]:
-        return self.backend.kernels(self.bound(program), self.target)
+        """The kernels that the program becomes, at the greatest of sizes that have bounds."""
+        program = bind(self.bound(program), self.target.most)
+        return self.backend.kernels(program, self.target)
 
     def price_us(self, program: Program) -> float:
         """Predicted microseconds of one call; infinite for a program the backend cannot lower."""

@@ -101,12 +101,16 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """How a program is called: its parameters, its result, and the arrays behind both."""
+    """How a program is called: its parameters, its result, and the arrays behind both.
+
+    `bounds` are the least and the greatest size of symbolic dimensions that have such, by name.
+    """
 
     parameters: tuple[Parameter, ...]
     result: Tree
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    bounds: tuple[tuple[str, int, int], ...] = ()
 
     @classmethod
     def of_program(cls, program: Program) -> Signature:
@@ -127,7 +131,7 @@ class Signature:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars; `from_json` gives an equal signature back."""
-        return {
+        json: dict[str, Any] = {
             "parameters": [
                 {"name": p.name, "positional": p.positional, "tree": p.tree.to_json()}
                 for p in self.parameters
@@ -136,6 +140,7 @@ class Signature:
             "inputs": [_port_json(p) for p in self.inputs],
             "outputs": [_port_json(p) for p in self.outputs],
         }
+        return json | ({"bounds": [list(b) for b in self.bounds]} if self.bounds else {})
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> Signature:
@@ -149,6 +154,7 @@ class Signature:
                 result=Tree.from_json(json["result"]),
                 inputs=tuple(_port_from_json(p) for p in json["inputs"]),
                 outputs=tuple(_port_from_json(p) for p in json["outputs"]),
+                bounds=tuple((str(n), int(a), int(b)) for n, a, b in json.get("bounds", ())),
             )
             given = {i for p in signature.parameters for i in _indices(p.tree)}
             if given != set(range(len(signature.inputs))):
@@ -199,6 +205,13 @@ class Signature:
                 checked[port.name] = array
             else:
                 checked[port.name] = array.copy(order="C")
+        for name, least, most in self.bounds:
+            size, where = sizes.get(name, (least, ""))
+            if not least <= size <= most:
+                raise InputError(
+                    f"input {where!r} has {name} {size}, {least} to {most} expected; compile again "
+                    f"with other bounds, or cut the input."
+                )
         return checked
 
     def restore(self, outputs: Sequence[np.ndarray], like_torch: bool) -> Any:

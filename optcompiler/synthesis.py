@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,19 +18,28 @@ if TYPE_CHECKING:
 
 
 def random_batch(
-    ports: Sequence[Port], *, seed: int = 0, dynamic: int = 2
+    ports: Sequence[Port],
+    *,
+    seed: int = 0,
+    dynamic: int = 2,
+    bounds: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
     """One input per port: floats standard normal, integers in [0, 2), booleans fair.
 
-    Symbolic dimensions take the size `dynamic`. Integers stay small because they are usually
-    indices, masks or lengths. Raises `InputError` for a type that has no numpy counterpart.
+    Symbolic dimensions take the size `dynamic`, or the nearest within their `bounds`. Integers stay
+    small because they are usually indices, masks or lengths. Raises `InputError` for a type that
+    has no numpy counterpart.
     """
     rng = np.random.default_rng(seed)
     batch: dict[str, np.ndarray] = {}
     for port in ports:
         if port.kind != "tensor":
             raise InputError(f"input {port}: no example can be made; give one.")
-        shape = tuple(d if isinstance(d, int) else dynamic for d in port.shape)
+        ends = [bounds.get(str(d), (dynamic, dynamic)) for d in port.shape]
+        shape = tuple(
+            d if isinstance(d, int) else min(max(dynamic, least), most)
+            for d, (least, most) in zip(port.shape, ends, strict=True)
+        )
         if min(shape, default=0) < 0 or 8 * prod(shape) > memory_bytes():
             raise InputError(f"input {port}: no memory holds an example; give one.")
         try:

@@ -24,3 +24,16 @@ def test_any_number_of_samples(make: Any, count: int) -> None:
     np.testing.assert_array_equal(got["double"], x * 2)
     np.testing.assert_array_equal(got["pair"][0], x + 1)
     np.testing.assert_array_equal(got["pair"][1][0], x * 3)
+
+
+def test_pieces_between_bounds_are_not_filled_up() -> None:
+    sizes = []
+
+    def call(x: Any) -> Any:
+        sizes.append(len(x))
+        return x * 2
+
+    for count in (1, 2, 3, 5, 7):
+        x = np.arange(count, dtype=np.float32)
+        np.testing.assert_array_equal(Batched(call, 3, 2)(x), x * 2)
+    assert sizes == [2, 2, 3, 3, 2, 3, 3, 2]

@@ -202,6 +202,8 @@ def test_an_internal_error_writes_a_reproducer(
         ["nonsense"],
         ["compile", "m.onnx", "-o", "x", "--seed", "many"],
         ["compile", "m.onnx", "-o", "x", "--dynamic", "x:y"],
+        ["compile", "m.onnx", "-o", "x", "--dynamic", "n=1..x"],
+        ["compile", "m.onnx", "-o", "x", "--dynamic", "x=n=1..2"],
         ["compile", "m.onnx", "-o", "x", "--dynamic", "n", "--dynamic", "x:0=n"],
         ["compile", "no-such.onnx", "-o", "x"],
         ["compile", "no.module.anywhere:f", "-o", "x"],
@@ -230,6 +232,13 @@ def test_one_symbol_for_the_first_axis_of_every_input(
     given = fake_compile(monkeypatch, GateError("no."))
     assert run("compile", model, "-o", tmp_path / "out", "--dynamic", "batch").exit_code == 1
     assert given["dynamic"] == "batch"
+    for texts, taken in (
+        (["batch=1..32"], {"batch": (1, 32)}),
+        (["x:1=width=3..9", "x:0=n"], {"x": {1: "width", 0: "n"}, "width": (3, 9)}),
+    ):
+        options = [word for text in texts for word in ("--dynamic", text)]
+        assert run("compile", model, "-o", tmp_path / "out", *options).exit_code == 1
+        assert given["dynamic"] == taken
 
 
 # -- looking --------------------------------------------------------------------------------

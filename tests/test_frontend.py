@@ -478,3 +478,30 @@ def test_a_window_of_ceil_mode_that_would_start_in_the_padding_is_none(kind):
     imported = import_model(module, (x,))
     same(call(imported, x), module(x))
     same(imported.program.to_torch()(x)[0], module(x))
+
+
+def test_bounds_name_dimensions_and_reach_the_trace():
+    net = nn.Linear(4, 2)
+    imported = import_model(net, (torch.ones(3, 4),), dynamic={"batch": (1, 8)})
+    assert imported.program.inputs[0].shape == ("batch", 4)
+    example = (np.zeros((2, 3), np.float32), np.zeros(2, np.float32))
+    kept = import_model(symbolic(), example, dynamic={"t": (1, 8)})
+    assert [str(p) for p in kept.program.inputs] == ["x: float[2, t]", "b: float[2]"]
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(16, 4))
+
+        def forward(self, x):
+            return x + self.table[: x.shape[0]]
+
+    named = {"x": {0: "t"}, "t": (2, 16)}
+    bounded = import_model(Positions(), (torch.ones(3, 4),), dynamic=named)
+    assert bounded.program.inputs[0].shape == ("t", 4)
+    with pytest.raises(InputError, match="have batch 9, which is not from 1 to 8"):
+        import_model(net, (torch.ones(9, 4),), dynamic={"batch": (1, 8)})
+    with pytest.raises(InputError, match="which dimensions n, m are"):
+        import_model(net, (torch.ones(3, 4),), dynamic={"n": (1, 8), "m": (1, 8)})
+    with pytest.raises(InputError, match="'batch' the value 8"):
+        import_model(net, (torch.ones(3, 4),), dynamic={"batch": 8})

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -227,3 +227,26 @@ def test_a_result_names_no_class_that_does_something() -> None:
     json = {"parameters": [], "result": result, "inputs": [], "outputs": []}
     restored = Signature.from_json(json).restore([], like_torch=False)
     assert restored == {"args": "true", "shell": True}
+
+
+def test_bounds_are_kept_and_held() -> None:
+    ports = (Port("x", "FLOAT", ("n", 2)), Port("z", "FLOAT", ("n",)))
+    plain = Signature((), Tree("tuple"), ports, ())
+    assert "bounds" not in plain.to_json()
+    json = replace(
+        plain, parameters=(Parameter("x", Tree("tensor", 0)), Parameter("z", Tree("tensor", 1))),
+        bounds=(("n", 2, 4),),
+    ).to_json()  # fmt: skip
+    signature = Signature.from_json(json)
+    assert signature.bounds == (("n", 2, 4),)
+
+    def given(n: int) -> dict[str, np.ndarray]:
+        return signature.check({"x": np.zeros((n, 2), np.float32), "z": np.zeros(n, np.float32)})
+
+    assert given(2).keys() == {"x", "z"}
+    for n in (1, 5):
+        with pytest.raises(InputError, match=f"input 'x' has n {n}, 2 to 4 expected"):
+            given(n)
+    for wrong in ([["n", 1]], [["n", "a", 2]], 3):
+        with pytest.raises(InputError, match="not a signature"):
+            Signature.from_json(json | {"bounds": wrong})

@@ -29,7 +29,11 @@ _FEWEST_ROUNDS = 10
 @click.option("--threads", type=click.IntRange(1), help="Instead of those it was compiled for.")
 @click.option("--seconds", type=click.FloatRange(0), default=3.0, show_default=True)
 @click.option(
-    "--size", type=click.IntRange(1), default=2, show_default=True, help="Of symbolic dimensions."
+    "--size",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Of symbolic dimensions, or the nearest within their bounds.",
 )
 @common
 def bench(
@@ -46,7 +50,7 @@ def bench(
     plugins = registry()
     with ExitStack() as stack:
         loaded = [stack.enter_context(load(p, threads=threads, registry=plugins)) for p in paths]
-        inputs = [random_batch(c.inputs, dynamic=size) for c in loaded]
+        inputs = [random_batch(c.inputs, dynamic=size, bounds=c.bounds) for c in loaded]
         runs = [partial(c.run, i) for c, i in zip(loaded, inputs, strict=True)]
         times = _interleaved(runs, seconds)
         rows: list[dict[str, Any]] = [

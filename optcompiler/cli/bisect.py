@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from optcompiler.cli import options
-from optcompiler.cli.models import model_of
+from optcompiler.cli.models import Dynamic, model_of
 from optcompiler.cli.shell import common, say, telling_faults, write
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ _MOST_LINES = 20
 def bisect(
     model: str, command: str | None, check_seconds: float, artifact: bool, target: str,
     precision: str, calibration: str | None, max_damage: float | None, damage: str,
-    passes: tuple[str, ...], dynamic: dict[str, dict[int, str]] | str | None, seed: int,
+    passes: tuple[str, ...], dynamic: Dynamic | str | None, seed: int,
     time_limit_s: float | None, reproducers: Path | None, as_json: bool,
     registry: Callable[[], Registry],
 ) -> None:  # fmt: skip

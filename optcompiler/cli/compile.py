@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from optcompiler.cli import options
-from optcompiler.cli.models import model_of
+from optcompiler.cli.models import Dynamic, model_of
 from optcompiler.cli.shell import common, telling_faults, write
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def compile_(
     model: str, output: Path, target: str, precision: str, calibration: str | None,
     metric: str | None, smaller_is_better: bool, max_drop: float | None, max_damage: float | None,
     max_latency_ms: float | None, max_size_mb: float | None, search_minutes: float | None,
-    passes: tuple[str, ...], dynamic: dict[str, dict[int, str]] | str | None,
+    passes: tuple[str, ...], dynamic: Dynamic | str | None,
     keep_best: Path | None, damage: str, cost_model: str, seed: int, on_fault: str,
     time_limit_s: float | None, reproducers: Path | None, no_timing: bool, locked: Path | None,
     depfile: Path | None, as_json: bool, registry: Callable[[], Registry],

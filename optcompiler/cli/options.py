@@ -30,8 +30,9 @@ passes = click.option(
     help="Run this pass instead of the default ones; may be repeated. `default` stands for those.",
 )  # fmt: skip
 dynamic = click.option(
-    "--dynamic", multiple=True, callback=dynamic_axes, metavar="[NAME:AXIS=]SYMBOL",
-    help="Keep axis AXIS of input NAME symbolic; SYMBOL alone: axis 0 of every input.",
+    "--dynamic", multiple=True, callback=dynamic_axes, metavar="[NAME:AXIS=]SYMBOL[=LEAST..MOST]",
+    help="Keep axis AXIS of input NAME symbolic; SYMBOL alone: axis 0 of every input. With bounds "
+    "the artifact takes every size from the one to the other.",
 )  # fmt: skip
 seed = click.option("--seed", default=0, show_default=True)
 time_limit = click.option(

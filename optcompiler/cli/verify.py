@@ -38,7 +38,11 @@ LOSSY_TOLERANCE = 0.1
 @click.option("--samples", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option(
-    "--size", type=click.IntRange(1), default=2, show_default=True, help="Of symbolic dimensions."
+    "--size",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Of symbolic dimensions, or the nearest within their bounds.",
 )
 @common
 def verify(
@@ -59,7 +63,7 @@ def verify(
     if against is None:
         write(data, lambda: _parts(data), as_json=as_json)
         return
-    program = program_of(against, like=opened.teacher_inputs)
+    program = program_of(against, like=opened.teacher_inputs, bounds=opened.target.bounds)
     lossy = any(not row.exact for row in opened.ledger.with_outcome("taken"))
     limit = tolerance if tolerance is not None else LOSSY_TOLERANCE if lossy else EXACT_TOLERANCE
     with load(artifact, registry=registry()) as compiled:
@@ -110,7 +114,7 @@ def _errors(
             program.to_proto().SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     for seed in seeds:
-        inputs = random_batch(compiled.inputs, seed=seed, dynamic=size)
+        inputs = random_batch(compiled.inputs, seed=seed, dynamic=size, bounds=compiled.bounds)
         with _telling(against):
             expected: Sequence[Any] = session.run(names, inputs)
         for name, want, got in zip(names, expected, compiled.run(inputs), strict=True):

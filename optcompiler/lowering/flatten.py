@@ -96,7 +96,8 @@ def flatten(
             raise InputError(
                 f"input {port.name!r} has dynamic dimensions ({dims}) and this target compiles "
                 f"for fixed shapes; give a fixed size: as text size.{names[0]}=1 after the target, "
-                f"in Python sizes={{{names[0]!r}: 1}}."
+                f"in Python sizes={{{names[0]!r}: 1}}; or bounds, size.{names[0]}=1..8, where the "
+                f"target takes them."
             )
     copy = program.clone()
     for node in copy.graph:

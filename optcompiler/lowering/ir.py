@@ -18,6 +18,8 @@ from typing import Literal
 
 import numpy as np
 
+from optcompiler.lowering.extents import largest
+
 BufferKind = Literal["input", "output", "constant", "temp"]
 
 
@@ -44,7 +46,8 @@ class Buffer:
 
     @property
     def size_bytes(self) -> int:
-        return self.elements * itemsize(self.dtype)
+        """What it takes at the largest sizes."""
+        return largest(self.elements) * itemsize(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from optcompiler.lowering.ir import (
     product,
 )
 from optcompiler.lowering.kernels import kernel_of, touched
-from optcompiler_cpu.code import KernelCode, indent
+from optcompiler_cpu.code import KernelCode, declared_sizes, indent
 from optcompiler_cpu.contraction import prepared
 from optcompiler_cpu.dynamic import SLICE_ROWS, over_slices, product_of
 from optcompiler_cpu.expressions import vectorisable
@@ -173,6 +173,11 @@ def kernel_of_attention(step: Attention) -> Kernel:
     )
 
 
+def _of(name: str, lines: Sequence[str]) -> list[str]:
+    """Lines that name functions of one of the three parts."""
+    return [line.replace("@_", f"@_{name}_") for line in lines]
+
+
 def print_attention(step: Attention, isa: Isa) -> KernelCode:
     first, last = (product_of(s, isa, together=True) for s in (step.scores, step.values))
     middle = softmax_of_rows(step.softmax, isa)
@@ -198,30 +203,32 @@ def print_attention(step: Attention, isa: Isa) -> KernelCode:
         entries = [i for i, p in enumerate(pointers) if p.buffer is view.buffer]
         places = " = ".join(f"q[{i}]" for i in entries)
         placed.append(f"{places} = (char *)((uintptr_t){name} - (uintptr_t)from * {row_bytes});")
+    own = f"q + {starts[2]}"
+    scored = first.each("@_rows({k}, unit, from, to, {q}, keys);")
+    valued = last.each("@_rows({k}, unit, from, to, {q}, panels);", own)
+    slices = over_slices(
+        first.units,
+        first.rows,
+        [
+            *_of("scores", first.each("@_pack({k}, unit, {q}, keys);")),
+            *_of("values", last.each("@_pack({k}, unit, {q}, panels);", own)),
+            f"for (int from = low; from < high; from += {SLICE_ROWS}) {{",
+            f"  const int to = from + {SLICE_ROWS} < high ? from + {SLICE_ROWS} : high;",
+            "  /* rows go by their number in the whole matrix */",
+            *(f"  {line}" for line in placed),
+            *(f"  {line}" for line in _of("scores", scored)),
+            f"  @_softmax_rows(unit, from, to, q + {starts[1]}, sums);",
+            *(f"  {line}" for line in _of("values", valued)),
+            "}",
+        ],
+    )
+    sizes = declared_sizes(slices, pointers, "given")
     body = [
         f"char *q[{len(pointers)}];",
         "memcpy(q, given, sizeof q);",
+        *sizes,
         *memory,
-        *over_slices(
-            first.units,
-            first.rows,
-            [
-                f"for (int b = 0; b < {first.blocks}; ++b)",
-                "  @_scores_pack(@_scores_blocks[b], unit, q, keys);",
-                f"for (int b = 0; b < {last.blocks}; ++b)",
-                f"  @_values_pack(@_values_blocks[b], unit, q + {starts[2]}, panels);",
-                f"for (int from = low; from < high; from += {SLICE_ROWS}) {{",
-                f"  const int to = from + {SLICE_ROWS} < high ? from + {SLICE_ROWS} : high;",
-                "  /* rows go by their number in the whole matrix */",
-                *(f"  {line}" for line in placed),
-                f"  for (int b = 0; b < {first.blocks}; ++b)",
-                "    @_scores_rows(@_scores_blocks[b], unit, from, to, q, keys);",
-                f"  @_softmax_rows(unit, from, to, q + {starts[1]}, sums);",
-                f"  for (int b = 0; b < {last.blocks}; ++b)",
-                f"    @_values_rows(@_values_blocks[b], unit, from, to, q + {starts[2]}, panels);",
-                "}",
-            ],
-        ),
+        *slices,
     ]
     header = "void @(int part, int parts, char *const *given, char *scratch)"
     text = "\n".join([*texts, f"{header} {{\n{indent(body)}\n}}\n"])

@@ -6,13 +6,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
 from optcompiler.choices import Choices
 from optcompiler.cost import DeviceProfile, nominal_profile
 from optcompiler.errors import InputError
-from optcompiler.lowering import kernel_of, lower, plan
+from optcompiler.lowering import Bounds, kernel_of, lower, lower_sized, plan
 from optcompiler.lowering.ir import Conv, Lowered, Step
 from optcompiler.program import Program
 from optcompiler.target import Target
@@ -43,13 +44,17 @@ OPTIONS = {"isa": ("native", *ISAS), "weights": ("file", "embedded")}
 
 
 def emit(
-    program: Program, isa: Isa, name: str = DEFAULT, *, embedded: bool = False
-) -> tuple[Lowered, Module]:
-    """The program in the form that is printed, and the text and weights of its artifact."""
-    lowered = _lowered(program)
+    program: Program, isa: Isa, name: str = DEFAULT, *, embedded: bool = False,
+    bounds: Bounds = MappingProxyType({}),
+) -> tuple[Lowered, Module]:  # fmt: skip
+    """The program in the form that is printed, and the text and weights of its artifact.
+
+    `bounds` are those of dimensions that stay symbolic until it runs.
+    """
+    lowered, symbols = lower_sized(program, bounds, _lowered) if bounds else (_lowered(program), ())
     legalize(lowered, isa)
     plan(lowered)
-    return lowered, print_module(lowered, isa, name, embedded=embedded)
+    return lowered, print_module(lowered, isa, name, embedded=embedded, symbols=symbols)
 
 
 def checked_options(target: Target) -> Mapping[str, str]:
@@ -87,7 +92,7 @@ class CpuBackend(Backend):
             "portable" if native and not is_here(target_machine()) else pick_isa(options).name
         )
         return Target(
-            "cpu", threads=target.threads, sizes=target.sizes, name=target.name, **options
+            "cpu", threads=target.threads, sizes=target.all_sizes, name=target.name, **options
         )
 
     def name_for(self, text: str) -> str | None:
@@ -126,7 +131,7 @@ class CpuBackend(Backend):
         compiler()
         require_machine(isa)
         embedded = options.get("weights") == "embedded"
-        lowered, module = emit(program, isa, name, embedded=embedded)
+        lowered, module = emit(program, isa, name, embedded=embedded, bounds=target.bounds)
         (directory / "src").mkdir()
         for path, text in (*module.sources.items(), *package(module, isa).items()):
             (directory / path).write_text(text, encoding="utf-8")
@@ -144,6 +149,7 @@ class CpuBackend(Backend):
             "steps": list(module.steps),
             "arena_bytes": lowered.arena_bytes,
             "ports": describe(lowered),
+            **({"sizes": sizes} if (sizes := _sizes(program, target.bounds)) else {}),
         }
 
     def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
@@ -159,10 +165,28 @@ class CpuBackend(Backend):
                 f"compile with isa=portable."
             )
         name = checked_name(str(info["name"]))
-        return CpuRunner(directory, name, info["ports"], info["steps"], threads)
+        return CpuRunner(
+            directory, name, info["ports"], info["steps"], threads, info.get("sizes", ())
+        )
 
     def versions(self) -> Mapping[str, str]:
         return versions()
+
+
+def _sizes(program: Program, bounds: Bounds) -> list[dict[str, Any]]:
+    """The sizes that are set before a run, and the axes of inputs that say what they are."""
+    return [
+        {
+            "name": name, "least": least, "most": most,
+            "axes": [
+                [port.name, axis]
+                for port in program.inputs
+                for axis, dim in enumerate(port.shape)
+                if dim == name
+            ],
+        }
+        for name, (least, most) in bounds.items()
+    ]  # fmt: skip
 
 
 def _as_printed(step: Step, isa: Isa) -> Kernel:

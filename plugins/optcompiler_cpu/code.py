@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 
 import numpy as np
 
+from optcompiler.lowering.extents import c_long
 from optcompiler.lowering.ir import Buffer, View
 from optcompiler_cpu.expressions import Params
 from optcompiler_cpu.scalars import stored_type
 
+SIZE_PREFIX = "n_"
+"""How extents spell sizes that are known at run time."""
+
 
 @dataclass(eq=False)
 class Pointer:
-    """What a kernel is handed: a buffer, or numbers that go to the weights file."""
+    """What a kernel is handed: a buffer, numbers that go to the weights file, or, where it is none
+    of these, the size called `name`."""
 
     name: str
     ctype: str
@@ -23,6 +29,10 @@ class Pointer:
     data: np.ndarray | None = None
     params: Params | None = None
     written: bool = False
+
+    @property
+    def is_size(self) -> bool:
+        return self.buffer is None and self.data is None and self.params is None
 
 
 @dataclass(eq=False)
@@ -73,23 +83,45 @@ class Pointers:
     def declarations(self, lines: Sequence[str]) -> list[str]:
         """Statements that name the entries of the pointer table `q` which `lines` mention."""
         words = set(re.findall(r"\w+", "\n".join(lines)))
-        declared: list[str] = []
-        for i, pointer in enumerate(self.finish()):
-            if pointer.name in words:
+        declared = declared_sizes(lines, self.finish())
+        for i, pointer in enumerate(self.items):
+            if pointer.name in words and not pointer.is_size:
                 kind = pointer.ctype if pointer.written else f"const {pointer.ctype}"
                 declared.append(f"{kind} *const {pointer.name} = ({kind} *)q[{i}];")
         return declared
 
 
+def declared_sizes(lines: Sequence[str], table: list[Pointer], name: str = "q") -> list[str]:
+    """Statements that read the sizes that `lines` mention from the table `name`, where they get
+    a place if they have none."""
+    words = set(re.findall(r"\w+", "\n".join(lines)))
+    known = {pointer.name: i for i, pointer in enumerate(table)}
+    declared: list[str] = []
+    for word in sorted(w for w in words if w.startswith(SIZE_PREFIX)):
+        if word not in known:
+            known[word] = len(table)
+            table.append(Pointer(word, "long"))
+        declared.append(f"const long {word} = *(const long *){name}[{known[word]}];")
+    return declared
+
+
+def template(file: str, **texts: str) -> str:
+    """A file of `runtime` with each `@KEY@` replaced; `TABLES`, which holds names, at last."""
+    text = (resources.files("optcompiler_cpu") / "runtime" / file).read_text()
+    for key, value in texts.items():
+        text = text.replace(f"@{key}@", value)
+    return text
+
+
 def linear(names: Sequence[str], strides: Sequence[int], offset: int = 0) -> str:
     """`names · strides + offset` as C, zero terms left out."""
     terms = [
-        name if stride == 1 else f"{name} * {stride}L"
+        name if stride == 1 else f"{name} * {c_long(stride)}"
         for name, stride in zip(names, strides, strict=True)
         if stride
     ]
     if offset or not terms:
-        terms.append(f"{offset}L")
+        terms.append(c_long(offset))
     return " + ".join(terms)
 
 

@@ -15,10 +15,19 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from optcompiler.lowering.build import view_array
+from optcompiler.lowering.extents import c_long, largest
 from optcompiler.lowering.ir import Conv, MatMul, View, loads, product
 from optcompiler_cpu.amx import AMX, amx_rows, print_amx_tile
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.expressions import Place, VectorPrinter
+from optcompiler_cpu.heights import (
+    height_for,
+    heights_for,
+    rows_left,
+    tile_count,
+    total_tiles,
+    with_tiles,
+)
 from optcompiler_cpu.isa import Isa, Tiling
 from optcompiler_cpu.loops import HEADER
 
@@ -106,11 +115,6 @@ def column_blocks(n: int, isa: Isa, tiling: Tiling) -> list[tuple[int, int]]:
         blocks.append((start * isa.lanes, width))
         start += width
     return blocks
-
-
-def tile_rows(rows: int, vectors: int, tiling: Tiling) -> int:
-    """The tile height that divides `rows` most evenly."""
-    return -(-rows // -(-rows // tiling.heights[vectors]))
 
 
 def pack(matrix: np.ndarray, blocks: list[tuple[int, int]], isa: Isa, kind: Kind) -> np.ndarray:
@@ -218,7 +222,7 @@ def print_contraction(step: Conv | MatMul, isa: Isa, ending: Ending | None = Non
     pointers.data("init", _initial(step, matrices, blocks, isa), kind.total)
     if shape.integer:
         pointers.data("scale", scales(step, isa), "float")
-    total = sum(b.tiles for b in blocks)
+    total, counting = total_tiles([b.tiles for b in blocks], rows)
     table = ", ".join(
         f"{{{b.n}, {b.stop}, {b.vectors}, {b.rows}, {b.tiles}, {i}, {b.a}, {b.w}}}"
         for b, i in zip(blocks, starts, strict=True)
@@ -227,7 +231,7 @@ def print_contraction(step: Conv | MatMul, isa: Isa, ending: Ending | None = Non
     tiles = {
         (tiling.kind, b.vectors, r)
         for b in blocks
-        for r in ((b.rows,) if amx else (b.rows, rows - (b.tiles - 1) * b.rows))
+        for r in ((b.rows,) if amx else heights_for(rows, b.rows))
     }
     if ending is None:
         epilogue, args = print_epilogue(step, shape, pointers, isa)
@@ -237,14 +241,15 @@ def print_contraction(step: Conv | MatMul, isa: Isa, ending: Ending | None = Non
         f"static const struct oc_block blocks[] = {{{table}}};",
         "(void)scratch;",
         *([f"amx_begin({blocks[0].rows});"] if amx else []),
+        *counting,
         "int t = 0;",
         f"const int first = (int)((long)part * {total} / parts);",
         f"const int last = (int)((long)(part + 1) * {total} / parts);",
         f"for (int b = 0; b < {len(blocks)}; ++b) {{",
-        "  const struct oc_block k = blocks[b];",
+        f"  const struct oc_block k = {with_tiles('blocks[b]', rows)};",
         "  for (int i = 0; i < k.tiles; ++i, ++t) {",
         "    if (t < first || t >= last) continue;",
-        f"    const int m = i * k.rows, rows = m + k.rows <= {rows} ? k.rows : {rows} - m;",
+        f"    const int m = i * k.rows, rows = {rows_left('m', rows)};",
         *(
             f"    {line}"
             for line in tile_call(
@@ -323,15 +328,22 @@ def _panels(
         packed.append(pack(matrix, columns, isa, KINDS[tiling.kind]))
         for n, vectors in columns:
             if tiling.kind == AMX:
-                height = amx_rows(rows, shape.dims[-1], tiling.heights[vectors])
+                line = largest(shape.dims[-1])
+                height = amx_rows(largest(rows), line, tiling.heights[vectors])
             else:
-                height = tile_rows(rows, vectors, tiling)
+                height = height_for(rows, vectors, tiling)
             width = vectors * isa.lanes
             first = group * shape.n + n
             stop = group * shape.n + min(shape.n, n + width)
             blocks.append(
                 Block(
-                    first, stop, vectors, height, -(-rows // height), group * shape.group_stride, at
+                    first,
+                    stop,
+                    vectors,
+                    height,
+                    tile_count(rows, height),
+                    group * shape.group_stride,
+                    at,
                 )
             )
             starts.append(column)
@@ -365,8 +377,8 @@ def scales(step: Conv | MatMul, isa: Isa) -> np.ndarray:
     assert step.a.quantization is not None
     assert step.b.quantization is not None
     count = step.out.shape[1] if isinstance(step, Conv) else step.out.shape[-1]
-    scale = np.zeros(count + isa.lanes, np.float32)
-    scale[:count] = step.a.quantization.scale * step.b.quantization.scale
+    scale = np.zeros(largest(count) + isa.lanes, np.float32)
+    scale[: largest(count)] = step.a.quantization.scale * step.b.quantization.scale
     return scale
 
 
@@ -411,7 +423,7 @@ def row_placer(
         moving = any(s and n > 1 for s, n in zip(strides, shape.dims, strict=True))
         across = f" + {column}" if lane == 1 else f" + (long){column} * {lane}" if lane else ""
         if not moving:
-            return Place(f"{base} + {view.offset}L{across}", lane, 1 if lane else 0)
+            return Place(f"{base} + {c_long(view.offset)}{across}", lane, 1 if lane else 0)
         text = linear(names, strides, view.offset)
         if text not in args:
             args.append(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from optcompiler.lowering.build import view_array
+from optcompiler.lowering.extents import c_long
 from optcompiler.lowering.ir import Conv, View
 from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
 from optcompiler_cpu.expressions import Place, VectorPrinter
@@ -67,10 +68,10 @@ def print_depthwise(step: Conv, isa: Isa) -> KernelCode:
             for stride, size in zip((s[0], s[2], s[3]), (n, oh, ow), strict=True)
         )
         text = linear(["i", "y", "at"], (s[0], s[2], s[3]), view.offset)
-        lane = "" if not s[1] else " + j" if s[1] == 1 else f" + j * {s[1]}L"
+        lane = "" if not s[1] else " + j" if s[1] == 1 else f" + j * {c_long(s[1])}"
         level = 2 if moving else 1 if s[1] else 0
         return Place(
-            f"{pointers.view(view)} + {text if moving else f'{view.offset}L'}{lane}", s[1], level
+            f"{pointers.view(view)} + {text if moving else c_long(view.offset)}{lane}", s[1], level
         )
 
     once: list[str] = []

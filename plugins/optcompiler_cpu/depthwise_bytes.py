@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from optcompiler.lowering.build import view_array
+from optcompiler.lowering.extents import c_long
 from optcompiler.lowering.ir import Const, Conv, Quantize, View, loads
 from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
 from optcompiler_cpu.expressions import Place, VectorPrinter, is_packed
@@ -158,7 +159,7 @@ def print_depthwise_bytes(step: Conv, isa: Isa) -> KernelCode:
 
         def place(view: View, v: int = v) -> Place:
             if not any(s and n > 1 for n, s in zip(view.shape, view.strides, strict=True)):
-                return Place(f"{pointers.view(view)} + {view.offset}L", 0, 0)
+                return Place(f"{pointers.view(view)} + {c_long(view.offset)}", 0, 0)
             return Place(f"{constant(view)} + g * {GROUP} + {v * LANES}", 1, 1)
 
         columns.append(f"const vf scales{v} = vf_load(scale + g * {GROUP} + {v * LANES});")
@@ -197,7 +198,7 @@ def print_depthwise_bytes(step: Conv, isa: Isa) -> KernelCode:
             yield "{"
             yield from (f"  {line}".replace("SUM", f"c{o}") for line in pixel)
             four = ", ".join(results)
-            yield f"  {verb}(to + {o * ox}L, {four}, live, {zero});"
+            yield f"  {verb}(to + {c_long(o * ox)}, {four}, live, {zero});"
             yield "}"
 
     once_across = outputs * side

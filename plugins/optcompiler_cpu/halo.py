@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optcompiler.lowering.extents import c_long
 from optcompiler.lowering.ir import Const, Step
 from optcompiler_cpu.code import KernelCode, Pointers
 from optcompiler_cpu.isa import Isa
@@ -30,12 +31,12 @@ def print_halo(step: Halo, isa: Isa) -> KernelCode:
     value = f"({ctype}){params.add(float(step.epilogue.value))}"
     row = w * c
     runs = [
-        (f"{out} + i * {h * row}L", top * row),
-        (f"{out} + i * {h * row}L + {(h - bottom) * row}L", bottom * row),
+        (f"{out} + i * {c_long(h * row)}", top * row),
+        (f"{out} + i * {c_long(h * row)} + {c_long((h - bottom) * row)}", bottom * row),
     ]
     sides = [
-        (f"{out} + (i * {h} + y) * {row}L", left * c),
-        (f"{out} + (i * {h} + y) * {row}L + {(w - right) * c}L", right * c),
+        (f"{out} + (i * {h} + y) * {c_long(row)}", left * c),
+        (f"{out} + (i * {h} + y) * {c_long(row)} + {c_long((w - right) * c)}", right * c),
     ]
 
     def fill(at: str, count: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optcompiler.lowering.extents import c_long
 from optcompiler.lowering.ir import Scatter, TopK
 from optcompiler_cpu.code import KernelCode, Pointers
 from optcompiler_cpu.isa import Isa
@@ -18,7 +19,7 @@ def print_scatter(step: Scatter, isa: Isa) -> KernelCode:
     printer = scalar_printer(pointers, nest)
     place = printer.print(step.place)
     value = printer.print(step.value)
-    target = f"{out}[{step.out.offset}L + at]"
+    target = f"{out}[{c_long(step.out.offset)} + at]"
     kind = c_type(step.value.dtype)
     nan = " || x != x" if step.value.dtype in REAL else ""
     combined = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from optcompiler.lowering.extents import c_long, is_run_time
 from optcompiler.lowering.ir import CumSum, Gather, Loop, View
 from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
 from optcompiler_cpu.expressions import PREFIXES, WIDENED, Place, VectorPrinter, vectorisable
@@ -71,7 +72,13 @@ def _planes(nest: Nest, out: View, lane: int) -> int | None:
     """The loop over few byte planes that are stored interleaved along the loop `lane`."""
     strides = nest.strides(out)
     for d, size in enumerate(nest.sizes):
-        if d != lane and 2 <= size <= 4 and strides[d] == 1 and strides[lane] == size:
+        if (
+            d != lane
+            and not is_run_time(size)
+            and 2 <= size <= 4
+            and strides[d] == 1
+            and strides[lane] == size
+        ):
             return d if out.dtype in {"UINT8", "INT8"} else None
     return None
 
@@ -152,7 +159,7 @@ def print_gather(step: Gather, isa: Isa) -> KernelCode:
              f"at = at < 0 ? 0 : at >= {limit} ? {limit - 1} : at;"]  # fmt: skip
     tail = step.data.strides[axis + 1 :]
     head = linear(before, step.data.strides[:axis], step.data.offset)
-    start = f"{data} + {head} + at * {step.data.strides[axis]}L"
+    start = f"{data} + {head} + at * {c_long(step.data.strides[axis])}"
     parallel = step.out.elements >= SERIAL_ELEMENTS
     simple = vectorisable(step.epilogue) and step.data.dtype in WIDENED and bool(after)
     if not simple:

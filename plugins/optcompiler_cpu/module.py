@@ -7,12 +7,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from optcompiler.errors import UnsupportedOperatorError
+from optcompiler.lowering.extents import Symbol, largest
+from optcompiler.lowering.extents import symbols as symbols_of
 from optcompiler.lowering.ir import (
     Conv,
     CumSum,
@@ -30,7 +31,7 @@ from optcompiler.lowering.ir import (
     TopK,
 )
 from optcompiler_cpu.attention import Attention, print_attention
-from optcompiler_cpu.code import KernelCode, Pointer
+from optcompiler_cpu.code import KernelCode, Pointer, template
 from optcompiler_cpu.contraction import prepared, print_contraction, print_tile, tile_name
 from optcompiler_cpu.depthwise import is_direct, print_depthwise
 from optcompiler_cpu.depthwise_bytes import is_bytes, print_depthwise_bytes
@@ -47,6 +48,7 @@ from optcompiler_cpu.rows import (
 )
 from optcompiler_cpu.scalars import C_TYPES, PACKED
 from optcompiler_cpu.short import is_short, print_short
+from optcompiler_cpu.sizes import size_texts
 from optcompiler_cpu.weight_bytes import is_nibble_product, print_weight_bytes
 from optcompiler_cpu.weights import is_compressed, print_weights
 from optcompiler_cpu.winograd import is_winograd, print_winograd
@@ -144,9 +146,11 @@ class Blob:
 
 
 def print_module(
-    lowered: Lowered, isa: Isa, name: str = "net", *, embedded: bool = False
-) -> Module:
-    """Print every step; steps of equal text share a function.
+    lowered: Lowered, isa: Isa, name: str = "net", *, embedded: bool = False,
+    symbols: Sequence[Symbol] = (),
+) -> Module:  # fmt: skip
+    """Print every step; steps of equal text share a function. `symbols` are the sizes that are read
+    at run time.
 
     Every symbol of more than one file begins with `name` and an underscore. With `embedded` the
     weights file becomes part of the library.
@@ -157,20 +161,24 @@ def print_module(
     refs: list[str] = []
     rows: list[str] = []
     scratch = ALIGNMENT
+    places = {str(symbol): i for i, symbol in enumerate(symbols)}
     ports = {p.buffer.index: i for i, p in enumerate((*lowered.inputs, *lowered.outputs))}
     for step in lowered.steps:
         _check_types(step)
-        code = PRINTERS[type(step)](step, isa)
+        code = _printed(step, isa)
         kernel = names.setdefault(code.text, f"{name}_kernel_{len(names)}")
         tiles |= code.tiles
         scratch = max(scratch, code.scratch_bytes)
         rows.append(f"{{{kernel}, {len(refs)}, {int(not code.parallel)}}}, /* {step.name} */")
-        refs += [_ref(p, blob, ports) for p in code.pointers]
+        refs += [_ref(p, blob, ports, places) for p in code.pointers]
     weights, mark = blob.finish()
+    sized = size_texts(name, symbols, lowered, c_string)
     sources = {
-        f"{name}.h": template("net.h.in", NAME=name, EMBEDDED=EMBEDDED_PATH if embedded else ""),
+        f"{name}.h": template(
+            "net.h.in", SIZES=sized.header, NAME=name, EMBEDDED=EMBEDDED_PATH if embedded else ""
+        ),
         "src/simd.h": template("simd.h"),
-        "src/kernels.h": _kernels_header(name, names, tiles),
+        "src/kernels.h": _kernels_header(name, names, tiles, bool(symbols)),
     }
     if any(p.dtype in PACKED for p in (*lowered.inputs, *lowered.outputs)):
         sources["src/scalar.h"] = template("scalar.h")
@@ -191,6 +199,7 @@ def print_module(
     scratch = -(-(scratch + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
     tables = "\n".join(
         [
+            *([sized.tables] if symbols else []),
             f"enum {{ STEPS = {len(rows)}, REFS = {max(len(refs), 1)} }};",
             f"enum {{ INPUTS = {len(lowered.inputs)}, OUTPUTS = {len(lowered.outputs)} }};",
             f"#define ARENA_SIZE {arena}UL",
@@ -209,18 +218,35 @@ def print_module(
         ]
     )
     created = EMBEDDED_CREATE.replace("@NAME@", name) if embedded else ""
-    sources["src/net.c"] = template("net.c.in", NAME=name, EMBEDDED=created, TABLES=tables)
+    sources["src/net.c"] = template(
+        "net.c.in", NAME=name, EMBEDDED=created, SIZE_FIELD=sized.field,
+        SIZE_POINTERS=sized.pointers, SIZE_FUNCTIONS=sized.functions, TABLES=tables,
+    )  # fmt: skip
     if embedded:
         sources["src/weights.c"] = template("weights.c.in", NAME=name)
     return Module(name, sources, weights, tuple(s.name for s in lowered.steps))
 
 
-def template(file: str, **texts: str) -> str:
-    """A file of `runtime` with each `@KEY@` replaced; `TABLES`, which holds names, at last."""
-    text = (resources.files("optcompiler_cpu") / "runtime" / file).read_text()
-    for key, value in texts.items():
-        text = text.replace(f"@{key}@", value)
-    return text
+def _printed(step: Step, isa: Isa) -> KernelCode:
+    """The step in C. Raises `UnsupportedOperatorError` where that is not right at every size."""
+    node = step.nodes[0] if step.nodes else step.name
+    wanted = {str(s) for v in (step.out, *step.reads()) for n in v.shape for s in symbols_of(n)}
+    try:
+        code = PRINTERS[type(step)](step, isa)
+    except TypeError as error:  # numpy raises its own when it is given an extent
+        if not wanted:
+            raise
+        raise UnsupportedOperatorError(
+            f"target cpu: node {node!r} has no kernel for a size that is known at run time "
+            f"({error}); give a fixed size."
+        ) from error
+    missing = wanted - {p.name for p in code.pointers if p.is_size}
+    if missing:
+        raise UnsupportedOperatorError(
+            f"target cpu: the kernel of node {node!r} does not read {min(missing)} at run time; "
+            f"give a fixed size, and report it."
+        )
+    return code
 
 
 def _check_types(step: Step) -> None:
@@ -232,7 +258,9 @@ def _check_types(step: Step) -> None:
             )
 
 
-def _ref(pointer: Pointer, blob: Blob, ports: Mapping[int, int]) -> str:
+def _ref(pointer: Pointer, blob: Blob, ports: Mapping[int, int], sizes: Mapping[str, int]) -> str:
+    if pointer.is_size:
+        return f"{{SIZES, {sizes[pointer.name]}}}"
     if pointer.data is not None:
         return f"{{WEIGHTS, {blob.add(pointer.data)}}}"
     if pointer.params is not None:
@@ -248,7 +276,9 @@ def _ref(pointer: Pointer, blob: Blob, ports: Mapping[int, int]) -> str:
     return f"{{IO + {ports[buffer.index]}, 0}}"
 
 
-def _kernels_header(prefix: str, names: Mapping[str, str], tiles: set[tuple[str, int, int]]) -> str:
+def _kernels_header(
+    prefix: str, names: Mapping[str, str], tiles: set[tuple[str, int, int]], sized: bool
+) -> str:
     lines = [
         "/* Kernels of this network; each computes its share `part` of `parts`. */",
         "#ifndef OC_KERNELS_H",
@@ -257,6 +287,7 @@ def _kernels_header(prefix: str, names: Mapping[str, str], tiles: set[tuple[str,
         "",
         "struct oc_block { int n, stop, vectors, rows, tiles; long init, a, w; };",
         "",
+        *([template("blocks.h")] if sized else []),
         *(f"#define {tile_name(*t)} {prefix}_{tile_name(*t)}" for t in sorted(tiles)),
         "",
     ]
@@ -300,7 +331,7 @@ def _ports(name: str, kind: str, ports: Sequence[PortBuffer]) -> str:
     lines: list[str] = []
     rows: list[str] = []
     for i, p in enumerate(ports):
-        dims = ", ".join(map(str, p.shape)) or "0"
+        dims = ", ".join(str(largest(n)) for n in p.shape) or "0"
         lines.append(f"static const long {kind}_shape_{i}[] = {{{dims}}};")
         rows.append(
             f"{{{c_string(p.name)}, {c_string(p.dtype)}, {len(p.shape)}, {kind}_shape_{i}}}"
@@ -315,7 +346,10 @@ def describe(lowered: Lowered) -> dict[str, Any]:
     """Ports as JSON, for the manifest."""
 
     def rows(ports: Sequence[PortBuffer]) -> list[dict[str, Any]]:
-        return [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in ports]
+        return [
+            {"name": p.name, "dtype": p.dtype, "shape": [largest(n) for n in p.shape]}
+            for p in ports
+        ]
 
     result = {"inputs": rows(lowered.inputs), "outputs": rows(lowered.outputs)}
     return json.loads(json.dumps(result))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from optcompiler.lowering.extents import c_long
 from optcompiler.lowering.ir import Expr, Index, View, loads, product, walk
 from optcompiler_cpu.code import Pointers, linear
 from optcompiler_cpu.expressions import Place
@@ -69,7 +70,7 @@ def placer(pointers: Pointers, nest: Nest, lane: int, column: str = "j") -> Call
         moving = any(s and n > 1 for s, n in zip(strides, nest.sizes, strict=True))
         text = f"{base} + {linear(names, strides, view.offset)}"
         if step:
-            text += f" + {column}" if step == 1 else f" + {column} * {step}L"
+            text += f" + {column}" if step == 1 else f" + {column} * {c_long(step)}"
         return Place(text, step, 2 if moving or step else 0)
 
     return place

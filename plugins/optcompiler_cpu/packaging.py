@@ -6,8 +6,9 @@ import shlex
 from pathlib import PurePath
 
 from optcompiler._version import __version__
+from optcompiler_cpu.code import template
 from optcompiler_cpu.isa import Isa
-from optcompiler_cpu.module import Module, template
+from optcompiler_cpu.module import Module
 from optcompiler_cpu.toolchain import FLAGS, LIBRARIES, LINKING, tuning
 
 

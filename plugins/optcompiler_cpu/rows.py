@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optcompiler.errors import UnsupportedOperatorError
 from optcompiler.lowering.build import reshaped
+from optcompiler.lowering.extents import c_long, is_run_time, largest
 from optcompiler.lowering.ir import (
     Normalization,
     Pooling,
@@ -32,6 +33,11 @@ BLOCK_ROWS, BLOCK_BYTES = 4, 24 * 1024
 
 def _flat(printer: VectorPrinter) -> list[str]:
     return [line for level in printer.lines for line in level]
+
+
+def real(count: int) -> str:
+    """A number of elements as a float in C."""
+    return f"(float){count}" if is_run_time(count) else f"{count}.0f"
 
 
 def _require_vectors(step: Softmax | Normalization | Reduction | Pooling) -> None:
@@ -135,7 +141,7 @@ def _blocks_of_rows(
     bounds = (
         (f"(long)part * {size} / parts", f"(long)(part + 1) * {size} / parts")
         if parallel
-        else ("0L", f"{size}L")
+        else ("0L", c_long(size))
     )
     places = coordinates("(block + r)", sizes, [f"i{d}" for d in outer])
     return rows_in_blocks(phases, length, places, size, bounds, isa)
@@ -152,8 +158,8 @@ def rows_in_blocks(
     `places` declares, `v` is the place in scratch, `first[r]` and `second[r]` are numbers that
     phases leave for later ones. There are at most `count` rows.
     """
-    room = -(-(length + isa.lanes) // isa.lanes) * isa.lanes
-    rows = max(min(BLOCK_ROWS, count, BLOCK_BYTES // (room * 4)), 1)
+    room = -(-(largest(length) + isa.lanes) // isa.lanes) * isa.lanes
+    rows = max(min(BLOCK_ROWS, largest(count), BLOCK_BYTES // (room * 4)), 1)
     body = [
         f"const long end = {bounds[1]};",
         f"for (long block = {bounds[0]}; block < end; block += {rows}) {{",
@@ -235,13 +241,13 @@ def print_normalization(step: Normalization, isa: Isa) -> KernelCode:
         [
             *([] if step.rms else ["vf total = vf_set(0.0f);"]),
             *_scoped(vector_loop(length, isa.lanes, read)),
-            *([] if step.rms else [f"first[r] = vf_sum(total) / {length}.0f;"]),
+            *([] if step.rms else [f"first[r] = vf_sum(total) / {real(length)};"]),
         ],
         [
             *mean,
             "vf squares = vf_set(0.0f);",
             *_scoped(vector_loop(length, isa.lanes, square)),
-            f"second[r] = 1.0f / sqrtf(vf_sum(squares) / {length}.0f + "
+            f"second[r] = 1.0f / sqrtf(vf_sum(squares) / {real(length)} + "
             f"{pointers.params.add(step.epsilon)});",
         ],
         [
@@ -282,7 +288,8 @@ def print_reduction(step: Reduction, isa: Isa) -> KernelCode:
     count_all = product(tuple(step.space[a] for a in step.axes))
     start = STARTS[step.op] if "INF" in STARTS[step.op] else f"{STARTS[step.op]}.0f"
     place = placer(pointers, full, lane)
-    factor = f"vf_mul({{}}, vf_set({(1 / count_all).hex()}f))" if step.op == "mean" else "{}"
+    share = f"1.0f / {real(count_all)}" if is_run_time(count_all) else f"{(1 / count_all).hex()}f"
+    factor = f"vf_mul({{}}, vf_set({share}))" if step.op == "mean" else "{}"
 
     def fold(count: str | None) -> list[str]:
         printer = VectorPrinter(pointers.params, place, "", count)

@@ -70,11 +70,11 @@ def _check_ports(function: Any, said: Sequence[Mapping[str, Any]], library: str)
 
 class CpuRunner(Runner):
     """One handle of the library `name` in `directory`. `ports` are the manifest's inputs and
-    outputs."""
+    outputs, `sizes` what it says of sizes that are set before a run."""
 
     def __init__(
         self, directory: Path, name: str, ports: Mapping[str, Any], steps: Sequence[str],
-        threads: int,
+        threads: int, sizes: Sequence[Mapping[str, Any]] = (),
     ) -> None:  # fmt: skip
         library, weights = directory / f"lib{name}.so", directory / f"{name}.weights"
         self._steps = tuple(steps)
@@ -109,6 +109,15 @@ class CpuRunner(Runner):
             )
         if set_threads(self._net, threads):
             raise InputError(f"cannot start {threads} threads; give fewer.")
+        self._sizes = [
+            (str(s["name"]), [(str(n), int(axis)) for n, axis in s["axes"]]) for s in sizes
+        ]
+        if self._sizes:
+            self._set_size = getattr(lib, f"{name}_set_size")
+            self._set_size.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_long]
+            self._length = getattr(lib, f"{name}_output_length")
+            self._length.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+            self._length.restype = ctypes.c_long
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         return self._call(inputs, None)
@@ -122,7 +131,7 @@ class CpuRunner(Runner):
         if self._net is None:
             raise InputError("this artifact was closed; load it again.")
         arrays = [np.ascontiguousarray(inputs[name]) for name in self._inputs]
-        outputs = [np.empty(shape, dtype) for shape, dtype in self._outputs]
+        outputs = [np.empty(shape, dtype) for shape, dtype in self._shapes(inputs)]
         sources = (ctypes.c_void_p * max(len(arrays), 1))(*(a.ctypes.data for a in arrays))
         targets = (ctypes.c_void_p * max(len(outputs), 1))(*(o.ctypes.data for o in outputs))
         if times is None:
@@ -130,6 +139,24 @@ class CpuRunner(Runner):
         else:
             self._run_profiled(self._net, sources, targets, times.ctypes.data)
         return outputs
+
+    def _shapes(
+        self, inputs: Mapping[str, np.ndarray]
+    ) -> Sequence[tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shapes and types of the outputs, after the library was told the sizes of the inputs."""
+        if not self._sizes:
+            return self._outputs
+        for place, (name, axes) in enumerate(self._sizes):
+            found = [inputs[port].shape[axis] for port, axis in axes]
+            if len({*found}) != 1 or self._set_size(self._net, place, found[0]):
+                raise InputError(
+                    f"the inputs have {name} {', '.join(map(str, dict.fromkeys(found)))}; give one "
+                    f"size within the bounds that the artifact was compiled for."
+                )
+        return [
+            (tuple(self._length(self._net, i, axis) for axis in range(len(shape))), dtype)
+            for i, (shape, dtype) in enumerate(self._outputs)
+        ]
 
     def close(self) -> None:
         if self._net is not None:

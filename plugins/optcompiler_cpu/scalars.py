@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from optcompiler.errors import UnsupportedOperatorError
+from optcompiler.lowering.extents import is_run_time
 from optcompiler.lowering.ir import (
     Accumulator,
     Call,
@@ -237,6 +238,8 @@ def literal(expr: Const) -> str:
         if value in (float("inf"), float("-inf")):
             return "INFINITY" if value > 0 else "-INFINITY"
         return value.hex() + ("" if expr.dtype == "DOUBLE" else "f")
+    if is_run_time(expr.value):
+        return f"({C_TYPES[expr.dtype]}){expr.value}"
     value = int(expr.value)
     if value == -(1 << 63):
         return "INT64_MIN"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from optcompiler.lowering.extents import values
 from optcompiler.lowering.ir import Conv, MatMul, product
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.contraction import (
@@ -22,8 +23,8 @@ from optcompiler_cpu.contraction import (
     prepared,
     print_epilogue,
     scales,
-    tile_rows,
 )
+from optcompiler_cpu.heights import height_for
 from optcompiler_cpu.isa import Isa, Tiling
 from optcompiler_cpu.loops import HEADER
 from optcompiler_cpu.weights import (
@@ -109,7 +110,7 @@ def print_weight_bytes(step: Conv | MatMul, isa: Isa) -> KernelCode:
     assert quantization is not None
     assert step.b.quantization is not None
     scaled = step.b.quantization.block > 0
-    height = tile_rows(rows, 1, Tiling("bytes", {1: FEW_ROWS}))
+    height = height_for(rows, 1, Tiling("bytes", {1: FEW_ROWS}))
     widest = tile_width(height, isa)
     columns = column_blocks(shape.n, isa, Tiling("bytes", {widest: height}))
     pointers = Pointers()
@@ -134,7 +135,8 @@ def print_weight_bytes(step: Conv | MatMul, isa: Isa) -> KernelCode:
     epilogue, args = print_epilogue(
         step, replace(shape, dtype="FLOAT") if scaled else shape, pointers, isa
     )
-    tiles = sorted({(v, r) for _, v in columns for r in (height, (rows - 1) % height + 1)})
+    ends = {(n - 1) % height + 1 for n in values(rows) or range(1, height + 1)}
+    tiles = sorted({(v, r) for _, v in columns for r in {height, *ends}})
     count = -(-rows // height)
     total = len(columns) * count
     names = [f"i{d}" for d in range(len(shape.dims))]

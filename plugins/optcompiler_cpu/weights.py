@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from optcompiler.lowering.build import view_array
+from optcompiler.lowering.extents import is_run_time
 from optcompiler.lowering.ir import Conv, MatMul, product
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.contraction import (
@@ -26,7 +27,14 @@ from optcompiler_cpu.contraction import (
     prepared,
     print_epilogue,
     tile_call,
-    tile_rows,
+)
+from optcompiler_cpu.heights import (
+    height_for,
+    heights_for,
+    rows_left,
+    tile_count,
+    total_tiles,
+    with_tiles,
 )
 from optcompiler_cpu.isa import Isa, Tiling
 from optcompiler_cpu.loops import HEADER
@@ -155,7 +163,7 @@ def print_weights(step: Conv | MatMul, isa: Isa) -> KernelCode:
     shape = conv_shape(step) if isinstance(step, Conv) else matmul_shape(step)
     shape = merge_rows(step, shape)
     rows = product(shape.dims)
-    few = rows <= few_rows(isa) and shape.outer * shape.inner == 1
+    few = not is_run_time(rows) and rows <= few_rows(isa) and shape.outer * shape.inner == 1
     return (_print_few if few else _print_many)(step, shape, rows, isa)
 
 
@@ -218,7 +226,7 @@ def _table(
     columns: list[tuple[int, int]], n: int, rows: int, height: Mapping[int, int], isa: Isa
 ) -> list[Block]:
     return [
-        Block(start, min(n, start + v * isa.lanes), v, height[v], -(-rows // height[v]), 0, 0)
+        Block(start, min(n, start + v * isa.lanes), v, height[v], tile_count(rows, height[v]), 0, 0)
         for start, v in columns
     ]
 
@@ -246,13 +254,11 @@ def _print_many(step: Conv | MatMul, shape: Shape, rows: int, isa: Isa) -> Kerne
     a = pointers.view(shape.a)
     panels = _panels(weights, columns, pointers, isa)
     pointers.data("init", _start(step, columns, isa), "float")
-    height = {v: tile_rows(rows, v, tiling) for _, v in columns}
+    height = {v: height_for(rows, v, tiling) for _, v in columns}
     blocks = _table(columns, shape.n, rows, height, isa)
-    tiles = {
-        (tiling.kind, b.vectors, r) for b in blocks for r in (b.rows, rows - (b.tiles - 1) * b.rows)
-    }
+    tiles = {(tiling.kind, b.vectors, r) for b in blocks for r in heights_for(rows, b.rows)}
     epilogue, args = print_epilogue(step, shape, pointers, isa)
-    total = sum(b.tiles for b in blocks)
+    total, counting = total_tiles([b.tiles for b in blocks], rows)
     if weights.scale is None:
         expand = (
             f"weights_expand_{weights.form.name}(panel, {panels.arguments()}, "
@@ -267,17 +273,18 @@ def _print_many(step: Conv | MatMul, shape: Shape, rows: int, isa: Isa) -> Kerne
     body = [
         _text(blocks),
         "float *const panel = (float *)scratch;",
+        *counting,
         "int t = 0;",
         f"const int first = (int)((long)part * {total} / parts);",
         f"const int last = (int)((long)(part + 1) * {total} / parts);",
         f"for (int b = 0; b < {len(blocks)}; ++b) {{",
-        "  const struct oc_block k = blocks[b];",
+        f"  const struct oc_block k = {with_tiles('blocks[b]', rows)};",
         "  if (t < last && t + k.tiles > first) {",
         f"    {expand}",
         "  }",
         "  for (int i = 0; i < k.tiles; ++i, ++t) {",
         "    if (t < first || t >= last) continue;",
-        f"    const int m = i * k.rows, rows = m + k.rows <= {rows} ? k.rows : {rows} - m;",
+        f"    const int m = i * k.rows, rows = {rows_left('m', rows)};",
         *(
             f"    {line}"
             for line in tile_call(shape, a, "panel", "init + k.init", tiles, args, tiling)
@@ -300,7 +307,7 @@ def register_tile(rows: int, scaled: bool, isa: Isa) -> tuple[int, int]:
     """(rows, vectors) of a tile for so many rows. A sum that is scaled takes two registers."""
     if isa.lanes != 16:
         return rows, {1: 4, 2: 2, 3: 1, 4: 1}[rows]
-    height = tile_rows(rows, 1, Tiling("registers", {1: 12}))
+    height = height_for(rows, 1, Tiling("registers", {1: 12}))
     return height, 4 if height <= 2 else 2 if height <= 4 or not scaled else 1
 
 

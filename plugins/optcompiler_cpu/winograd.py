@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from optcompiler.lowering.build import view_array
+from optcompiler.lowering.extents import largest, values
 from optcompiler.lowering.ir import Conv, product
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.contraction import (
@@ -21,8 +22,8 @@ from optcompiler_cpu.contraction import (
     pack,
     print_epilogue,
     tile_name,
-    tile_rows,
 )
+from optcompiler_cpu.heights import height_for
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.loops import HEADER
 
@@ -62,7 +63,7 @@ def tile_counts(step: Conv) -> tuple[int, int, int]:
 
 def block_of_tiles(step: Conv, isa: Isa) -> int:
     """How many tiles are worked on at a time: whole register tiles, evenly many in each block."""
-    tiles = product(tile_counts(step))
+    tiles = largest(product(tile_counts(step)))
     height = isa.floats.heights[column_blocks(step.out.shape[1], isa, isa.floats)[0][1]]
     most = max(CACHE_BYTES // (TILE_BYTES * step.b.view.shape[1]) // height, 1) * height
     even = -(-tiles // -(-tiles // most))
@@ -90,11 +91,11 @@ def is_winograd(step: Conv, isa: Isa) -> bool:
     )
     if not fits:
         return False
-    tiles = product(tile_counts(step))
+    tiles = largest(product(tile_counts(step)))
     a_cycle = 2 * isa.lanes
-    direct = product(step.out.shape) * 9 * c / a_cycle
+    direct = largest(product(step.out.shape)) * 9 * c / a_cycle
     blocks = -(-tiles // block_of_tiles(step, isa))
-    products = PRODUCTS * multiplications(step) / a_cycle
+    products = PRODUCTS * largest(multiplications(step)) / a_cycle
     transforms = tiles * (c + oc) / isa.lanes * OVERHEAD / 2
     streaming = blocks * 36 * c * oc * 4 / STREAM_BYTES
     return max(products, streaming) + transforms < WORTH * direct
@@ -112,6 +113,14 @@ def _weights(step: Conv, blocks: list[tuple[int, int]], isa: Isa) -> np.ndarray:
         for p in range(36)
     ]
     return np.concatenate(parts)
+
+
+def _block_sizes(total: int, block: int) -> set[int]:
+    """How many of `total` tiles a block of at most `block` has, whatever `total` is at run time."""
+    every = values(total)
+    if every is None:
+        return set(range(1, block + 1))
+    return {size for n in every for size in (min(n, block), (n - 1) % block + 1)}
 
 
 def print_winograd(step: Conv, isa: Isa) -> KernelCode:
@@ -135,10 +144,12 @@ def print_winograd(step: Conv, isa: Isa) -> KernelCode:
     table: list[str] = []
     at = 0
     for n, vectors in columns:
-        rows = tile_rows(block, vectors, isa.floats)
-        last = total - (groups - 1) * block
-        tiles |= {("f32", vectors, r) for size in (block, last) for r in {rows, size % rows} if r}
-        tiles |= {("f32", vectors, size) for size in (block, last) if size < rows}
+        rows = height_for(block, vectors, isa.floats)
+        tiles |= {
+            ("f32", vectors, r)
+            for size in _block_sizes(total, block)
+            for r in (min(rows, size), (size - 1) % rows + 1)
+        }
         stop = min(oc, n + vectors * isa.lanes)
         table.append(f"{{{n}, {stop}, {vectors}, {rows}, 0, {n}, 0, {at}}}")
         at += 36 * c * vectors * isa.lanes
