@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn, cast
@@ -94,12 +94,24 @@ class Extent:
             total += coefficient
         return total
 
+    def corners(self, others: Set[Symbol] = frozenset()) -> Iterator[dict[str, int]]:
+        """Sizes of its symbols and `others`, each at one of its bounds, in every combination."""
+        every = sorted(self.symbols | others)
+        for at in itertools.product(*((s.least, s.most) for s in every)):
+            yield {s.name: n for s, n in zip(every, at, strict=True)}
+
+    @property
+    def sums_products(self) -> bool:
+        """Whether it is a sum of products of symbols, none of them above its square."""
+        return all(
+            coefficient > 0 and all(isinstance(a, Symbol) and factors.count(a) < 3 for a in factors)
+            for factors, coefficient in self.terms.items()
+        )
+
     @cached_property
     def ends(self) -> tuple[int, int]:
         """The least and the largest number it is where every symbol is at one of its bounds."""
-        every = sorted(self.symbols)
-        corners = itertools.product(*((s.least, s.most) for s in every))
-        found = [self.at({s.name: n for s, n in zip(every, c, strict=True)}) for c in corners]
+        found = [self.at(sizes) for sizes in self.corners()]
         return min(found), max(found)
 
     @property

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from optcompiler.lowering.extents import largest
+from optcompiler.lowering.extents import Symbol, largest
 
 BufferKind = Literal["input", "output", "constant", "temp"]
 
@@ -486,13 +486,17 @@ class PortBuffer:
 
 @dataclass(eq=False)
 class Lowered:
-    """A whole program: steps in order, and the arena that holds every "temp" buffer."""
+    """A whole program: steps in order, and the arena that holds every "temp" buffer.
+
+    Places in the arena are to be multiplied by the sizes in `arena_scale`.
+    """
 
     inputs: tuple[PortBuffer, ...]
     outputs: tuple[PortBuffer, ...]
     buffers: list[Buffer] = field(default_factory=list[Buffer])
     steps: list[Step] = field(default_factory=list[Step])
     arena_bytes: int = 0
+    arena_scale: tuple[Symbol, ...] = ()
 
 
 ITEM_SIZES = {

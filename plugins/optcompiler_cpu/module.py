@@ -220,7 +220,8 @@ def print_module(
     created = EMBEDDED_CREATE.replace("@NAME@", name) if embedded else ""
     sources["src/net.c"] = template(
         "net.c.in", NAME=name, EMBEDDED=created, SIZE_FIELD=sized.field,
-        SIZE_POINTERS=sized.pointers, SIZE_FUNCTIONS=sized.functions, TABLES=tables,
+        SIZE_PLACING=sized.placing, SIZE_POINTERS=sized.pointers, SIZE_FUNCTIONS=sized.functions,
+        TABLES=tables,
     )  # fmt: skip
     if embedded:
         sources["src/weights.c"] = template("weights.c.in", NAME=name)

@@ -112,6 +112,7 @@ class CpuRunner(Runner):
         self._sizes = [
             (str(s["name"]), [(str(n), int(axis)) for n, axis in s["axes"]]) for s in sizes
         ]
+        self._set: list[list[int]] = []
         if self._sizes:
             self._set_size = getattr(lib, f"{name}_set_size")
             self._set_size.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_long]
@@ -144,19 +145,22 @@ class CpuRunner(Runner):
         self, inputs: Mapping[str, np.ndarray]
     ) -> Sequence[tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shapes and types of the outputs, after the library was told the sizes of the inputs."""
-        if not self._sizes:
+        sizes = [[inputs[port].shape[axis] for port, axis in axes] for _, axes in self._sizes]
+        if sizes == self._set:
             return self._outputs
-        for place, (name, axes) in enumerate(self._sizes):
-            found = [inputs[port].shape[axis] for port, axis in axes]
+        self._set = []
+        for place, ((name, _), found) in enumerate(zip(self._sizes, sizes, strict=True)):
             if len({*found}) != 1 or self._set_size(self._net, place, found[0]):
                 raise InputError(
                     f"the inputs have {name} {', '.join(map(str, dict.fromkeys(found)))}; give one "
                     f"size within the bounds that the artifact was compiled for."
                 )
-        return [
+        self._outputs = [
             (tuple(self._length(self._net, i, axis) for axis in range(len(shape))), dtype)
             for i, (shape, dtype) in enumerate(self._outputs)
         ]
+        self._set = sizes
+        return self._outputs
 
     def close(self) -> None:
         if self._net is not None:

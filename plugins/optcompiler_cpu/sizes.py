@@ -19,6 +19,7 @@ POINTERS = """\
   for (int i = 0; i < SIZE_COUNT; ++i) net->sizes[i] = size_table[i].most;
   for (int i = 0; i < REFS; ++i)
     if (refs[i].where == SIZES) net->pointers[i] = (char *)&net->sizes[refs[i].offset];
+  place(net);
 """
 
 
@@ -29,6 +30,7 @@ class SizeTexts:
     header: str = ""
     tables: str = ""
     field: str = ""
+    placing: str = ""
     pointers: str = ""
     functions: str = ""
 
@@ -51,12 +53,15 @@ def size_texts(
         f"enum {{ SIZES = -1, SIZE_COUNT = {len(symbols)} }};",
         f"static const {name}_size size_table[] = {{{rows}}};\n",
     ]
+    places = [symbols.index(symbol) for symbol in lowered.arena_scale]
+    scale = " * ".join(f"net->sizes[{place}]" for place in places) or "1"
     lengths = [
         *_length(name, "input", lowered.inputs, symbols),
         *_length(name, "output", lowered.outputs, symbols),
     ]
     return SizeTexts(
-        template("sizes.h.in", NAME=name), "\n".join(tables), FIELD, POINTERS,
+        template("sizes.h.in", NAME=name), "\n".join(tables), FIELD,
+        template("sizes_place.c.in", NAME=name, SCALE=scale), POINTERS,
         template("sizes.c.in", NAME=name) + "\n".join(lengths) + "\n",
     )  # fmt: skip
 
