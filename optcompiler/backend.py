@@ -32,7 +32,9 @@ class Capabilities:
     kernel may write float as well, so that their output need not be quantised; a target that fuses
     "contraction" can do so for every contraction. With `symmetric_multipliers` its kernels multiply
     two activations as integers when the second is symmetric around the middle of its type.
-    `any_port` says whether inputs and outputs may be sequences, optionals and tensors of strings.
+    `stored_weight_ops` names the operator types whose constant weight it multiplies with floats as
+    it is stored, in integers behind a DequantizeLinear. `any_port` says whether inputs and outputs
+    may be sequences, optionals and tensors of strings.
     `reference` asks for one run, inputs and outputs, beside the code, by which it can be checked
     without Python.
     """
@@ -46,6 +48,7 @@ class Capabilities:
     dynamic_shapes: bool = False
     float_outputs: frozenset[str] = frozenset()
     symmetric_multipliers: bool = False
+    stored_weight_ops: frozenset[str] = frozenset()
     any_port: bool = False
     reference: bool = False
 

@@ -206,7 +206,7 @@ def quantize_constant(
     kind = np.dtype(dtype.numpy())
     if not contents or not np.issubdtype(kind, np.integer):
         if contents:
-            return np.asarray(evaluate(node, values)[0])
+            return np.asarray(evaluate(node, values)[0]).astype(kind)
         return np.broadcast_to(np.zeros((), kind), x.shape)
     if flat.attributes(node).get("block_size"):
         return np.asarray(evaluate(node, values)[0])

@@ -73,6 +73,8 @@ def pair_of(value: ir.Value, axis: int | None = None) -> Pair | None:
     for quantize in value.consumers():
         if quantize.op_type != "QuantizeLinear" or quantize.inputs[0] is not value:
             continue
+        if quantize.attributes.get_int("block_size", 0):
+            continue
         scale = quantize.inputs[1]
         per_tensor = scale is not None and scale.shape is not None and len(scale.shape) == 0
         if per_tensor != (axis is None):
@@ -125,17 +127,21 @@ class Editor:
         )
 
     def insert_pair(
-        self, value: ir.Value, scale: ir.Value, zero_point: ir.Value, axis: int | None = None
-    ) -> Pair:
+        self, value: ir.Value, scale: ir.Value, zero_point: ir.Value, axis: int | None = None,
+        block_size: int = 0,
+    ) -> Pair:  # fmt: skip
         """Add `value -> QuantizeLinear -> DequantizeLinear` and redirect nobody.
 
         The nodes stand right after the producer, or before the first reader of an input or weight.
         """
-        quantize = self._node("QuantizeLinear", [value, scale, zero_point], axis, value, "quantize")
+        attributes = {} if axis is None else {"axis": axis}
+        attributes |= {"block_size": block_size} if block_size else {}
+        operands = [value, scale, zero_point]
+        quantize = self._node("QuantizeLinear", operands, attributes, value, "quantize")
         levels = quantize.outputs[0]
         levels.type, levels.shape = zero_point.type, value.shape
         operands = [levels, scale, zero_point]
-        dequantize = self._node("DequantizeLinear", operands, axis, value, "dequantize")
+        dequantize = self._node("DequantizeLinear", operands, attributes, value, "dequantize")
         result = dequantize.outputs[0]
         result.type, result.shape = value.type, value.shape
         producer = value.producer()
@@ -151,11 +157,10 @@ class Editor:
         self,
         op_type: str,
         operands: list[ir.Value],
-        axis: int | None,
+        attributes: dict[str, int],
         value: ir.Value,
         verb: str,
     ) -> ir.Node:
-        attributes = {} if axis is None else {"axis": axis}
         node = ir.node(op_type, operands, attributes, name=self._fresh(f"{value.name}_{verb}"))
         output = node.outputs[0]
         self.nodes[str(node.name)] = node

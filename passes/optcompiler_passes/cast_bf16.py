@@ -154,7 +154,7 @@ class Narrow:
         reason = _reason(program, node)
         if reason:
             raise Declined(f"{self.site!r}: {reason}.")
-        _raise_opset(program, SINCE.get(node.op_type, 0))
+        raise_opset(program, SINCE.get(node.op_type, 0))
         before = [v for v in node.inputs if v is not None]
         for index, value in enumerate(node.inputs):
             if value is not None:
@@ -164,7 +164,8 @@ class Narrow:
         _widen(program, node)
 
 
-def _raise_opset(program: Program, version: int) -> None:
+def raise_opset(program: Program, version: int) -> None:
+    """Let the program be of an operator set that means the same: both are from `LIKE_NOW` on."""
     for held in (program.graph, *program.functions.values()):
         if held.opset_imports.get("", version) < version:
             held.opset_imports[""] = version

@@ -107,7 +107,9 @@ class CpuBackend(Backend):
     def capabilities(self, target: Target) -> Capabilities:
         isa = pick_isa(checked_options(target))
         return Capabilities(
-            precisions=frozenset({"fp32", "int8", *(("bf16",) if isa.multiplies_bf16 else ())}),
+            precisions=frozenset(
+                {"fp32", "int8", "int4", *(("bf16",) if isa.multiplies_bf16 else ())}
+            ),
             integer_ops=frozenset(
                 {"Conv", "MatMul", "Gemm", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"}
             ),
@@ -115,6 +117,7 @@ class CpuBackend(Backend):
                 {"contraction", "pointwise", "normalization", "softmax", "attention"}
             ),
             symmetric_multipliers=True,
+            stored_weight_ops=frozenset({"MatMul", "Gemm"}),
             reference=True,
         )
 

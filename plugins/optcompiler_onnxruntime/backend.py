@@ -56,7 +56,7 @@ class OnnxRuntimeBackend(Backend):
                 f"target {target}: onnxruntime has no option {unknown!r}; it takes threads alone."
             )
         return Capabilities(
-            precisions=frozenset({"fp32", "int8"}),
+            precisions=frozenset({"fp32", "int8", "int4"}),
             integer_ops=INTEGER_OPS,
             activation_dtype="UINT8",
             weight_dtype="INT8",
@@ -64,6 +64,7 @@ class OnnxRuntimeBackend(Backend):
             dynamic_shapes=True,
             any_port=True,
             float_outputs=frozenset({"MatMul", "Gemm"}),
+            stored_weight_ops=frozenset({"MatMul"}),
         )
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:

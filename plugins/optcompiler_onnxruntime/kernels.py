@@ -35,6 +35,11 @@ KEEPS_VALUES = frozenset(
 )  # fmt: skip
 """Operators that run on the integers when a DequantizeLinear and a QuantizeLinear surround them."""
 
+STORED_WEIGHTS = ("MatMul",)
+"""Operators of floats that multiply weights as stored, in blocks of `LEAST_BLOCK` or more."""
+
+LEAST_BLOCK = 16
+
 CONTRACTIONS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 KINDS = {
@@ -251,8 +256,8 @@ def _kernel(group: _Group, constants: set[ir.Value], macs: int, flops: int) -> K
         for value in member.inputs:
             if value is None or value in inner:
                 continue
-            stored = _stored(value, group)
-            (weights if value in constants else read)[stored] = None
+            for stored in _stored(value, member, group):
+                (weights if value in constants else read)[stored] = None
     written = group.nodes[-1].outputs
     view = _is(node, *VIEWS)
     return Kernel(
@@ -269,12 +274,18 @@ def _kernel(group: _Group, constants: set[ir.Value], macs: int, flops: int) -> K
     )
 
 
-def _stored(value: ir.Value, group: _Group) -> ir.Value:
-    """What is in memory for `value`: its integers where a DequantizeLinear makes it."""
+def _stored(value: ir.Value, reader: ir.Node, group: _Group) -> list[ir.Value]:
+    """What is in memory for `value`: its integers where a DequantizeLinear makes it for an integer
+    kernel, these and their scales where it is the weight of one that multiplies few bits."""
     producer = value.producer()
-    if group.dtype != "int8" or producer is None or not _is(producer, DEQUANTIZE):
-        return value
-    return producer.inputs[0] or value
+    if producer is None or not _is(producer, DEQUANTIZE):
+        return [value]
+    if group.dtype == "int8":
+        return [producer.inputs[0] or value]
+    blocked = producer.attributes.get_int("block_size", 0) >= LEAST_BLOCK
+    if blocked and _is(reader, *STORED_WEIGHTS) and value is reader.inputs[1]:
+        return [v for v in producer.inputs if v is not None]
+    return [value]
 
 
 def _kind(node: ir.Node) -> str:

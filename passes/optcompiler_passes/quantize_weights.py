@@ -1,0 +1,184 @@
+"""Weights of 4 bits beside activations in float, where the target multiplies them as stored."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from optcompiler.errors import InputError
+from optcompiler.observers import weight_scales
+from optcompiler.program import SOURCE_KEY, Program, constant
+from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
+from optcompiler_passes._qdq import Editor, dequantizer, laid_out, table_of
+from optcompiler_passes.cast_bf16 import LIKE_NOW, raise_opset
+
+SINCE = 21
+"""Operator set from which on DequantizeLinear takes 4 bits and blocks."""
+
+_HALF = np.finfo(np.float16)
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Quantise constant weights to 4 bits, in blocks along the axis that is summed over.
+
+    Before:
+        y = MatMul (x, w)
+
+    After (the weight stays float, so that it can still be tuned; `s` is [K / block_size, N]):
+        w_quantized = QuantizeLinear <axis=0, block_size=32> (w, s, 0)
+        w_dequantized = DequantizeLinear <axis=0, block_size=32> (w_quantized, s, 0)
+        y = MatMul (x, w_dequantized)
+
+    Rules:
+    1. A site is a node whose type is among the target's `stored_weight_ops`, with a constant
+       [K, N] weight (a Gemm's may be transposed) of `least_weights` elements or more: smaller ones
+       stay in caches, where there is little to gain.
+    2. Levels are symmetric. A block's scale is, of the largest magnitude over 7 times factors in
+       [0.5, 1], the one whose error is least, then that of least squares for the levels found, if
+       it is better. Scales are rounded to half floats, which take two bytes.
+    3. Activations stay in float, and so does what else reads the weight.
+    4. The program is raised to operator set 21 from 20 on, which changes the meaning of no
+       operator.
+
+    `block_size` elements of K share a scale; `skip` holds globs of node names or source paths that
+    stay float.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+    after: ClassVar[tuple[str, ...]] = ("cast-bf16", "insert-qdq")
+    summary: ClassVar[str] = "4-bit weights where the target multiplies them with floats"
+    time_limit_s: ClassVar[float] = math.inf
+
+    block_size: int = 32
+    least_weights: int = 1 << 16
+    skip: tuple[str, ...] = ()
+
+    def propose(self, program: Program, context: PassContext) -> Iterable[Candidate | Decline]:
+        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            raise InputError(
+                f"quantize-weights: block_size={self.block_size}; take a power of two from 16 on."
+            )
+        refusal = _refusal(program, context)
+        if refusal is not None:
+            yield Decline("program", refusal)
+            return
+        for node in program.graph:
+            if node.domain != "" or node.op_type not in context.capabilities.stored_weight_ops:
+                continue
+            name = str(node.name)
+            reason = self._skipped(node) or _reason(node)
+            weight = None if reason else laid_out(node.inputs[1])
+            if weight is not None and weight.size < self.least_weights:
+                reason = f"its weight has {weight.size} elements, fewer than {self.least_weights}"
+            if reason:
+                yield Decline(name, reason, (name,))
+            else:
+                rewrite = Block(name, self.block_size)
+                yield Candidate(name, "int4", rewrite, exact=False, nodes=(name,))
+
+    def _skipped(self, node: ir.Node) -> str:
+        names = (str(node.name), node.metadata_props.get(SOURCE_KEY, ""))
+        for pattern in self.skip:
+            if any(name and fnmatch.fnmatchcase(name, pattern) for name in names):
+                return f"skipped by {pattern!r}"
+        return ""
+
+
+def _refusal(program: Program, context: PassContext) -> str | None:
+    if not context.capabilities.stored_weight_ops:
+        return f"target {context.target.backend} multiplies no weights as they are stored"
+    if "int4" not in context.precisions:
+        return f"precision int4 is not among those allowed: {', '.join(sorted(context.precisions))}"
+    if not context.calibration:
+        return "no calibration data to measure damage on; pass calibration=batches"
+    if program.opset < LIKE_NOW:
+        return f"blocks need operator set {SINCE}, and the program is of {program.opset}"
+    return None
+
+
+def _reason(node: ir.Node) -> str:
+    """Why the node is no site; "" for one."""
+    for value in (node.inputs[0], node.inputs[1], node.outputs[0]):
+        if value is None or value.dtype != ir.DataType.FLOAT:
+            kind = value.dtype.name.lower() if value is not None and value.dtype else "unknown"
+            return f"{value.name!r} is {kind}, not float" if value else "it lacks an operand"
+    if any(dequantizer(v) is not None for v in node.inputs[:2]):
+        return "already quantised"
+    if constant(node.inputs[0]) is not None:
+        return f"its operand {node.inputs[0].name!r} is a constant where data is expected"  # type: ignore[union-attr]
+    weight = laid_out(node.inputs[1])
+    if weight is None or weight.ndim != 2:
+        return f"its weight {node.inputs[1].name!r} is not a constant matrix"  # type: ignore[union-attr]
+    return ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rewrite of one site."""
+
+    site: str
+    block_size: int
+
+    def __call__(self, program: Program) -> None:
+        editor = Editor(program)
+        node = editor.nodes.get(self.site)
+        reason = "it is gone" if node is None else _reason(node)
+        if node is None or reason:
+            raise Declined(f"{self.site!r}: {reason}.")
+        raise_opset(program, SINCE)
+        value = node.inputs[1]
+        array = laid_out(value)
+        assert value is not None
+        assert array is not None
+        axis = 1 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else 0
+        scales = _scales(value, array, axis, self.block_size)
+        parameters = editor.parameters(str(value.name), scales, np.zeros_like(scales), "INT4")
+        pair = editor.insert_pair(value, *parameters, axis=axis, block_size=self.block_size)
+        node.replace_input_with(1, pair.value)
+
+
+def _scales(value: ir.Value, array: np.ndarray, axis: int, block_size: int) -> np.ndarray:
+    """Scales of a weight, kept on its tensor: rewrites run many times in a search."""
+    tensor = table_of(value).const_value
+    assert tensor is not None
+    key = f"optcompiler.blocks.{value.name}.{axis}.{block_size}"
+    known = tensor.meta.get(key)
+    if known is None:
+        known = tensor.meta[key] = block_scales(array, axis, block_size)
+    return known
+
+
+def block_scales(array: np.ndarray, axis: int, block_size: int) -> np.ndarray:
+    """Symmetric 4-bit scales of a matrix, one for each `block_size` elements along `axis`.
+
+    The shape is that of `array` with ceil(size / block_size) along `axis`.
+    """
+    rows = np.moveaxis(np.asarray(array, np.float32), axis, 1)
+    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % block_size)))
+    blocks = padded.reshape(-1, block_size)
+    scales = weight_scales(blocks, "INT4", 0)
+
+    def error(candidate: np.ndarray) -> np.ndarray:
+        return np.square(blocks - _levels(blocks, candidate) * candidate[:, None]).sum(axis=1)
+
+    levels = _levels(blocks, scales)
+    energy = np.square(levels).sum(axis=1)
+    fitted = np.where(energy > 0, (blocks * levels).sum(axis=1) / np.maximum(energy, 1), scales)
+    fitted = np.where(fitted > 0, fitted, scales).astype(np.float32)
+    scales = np.where(error(fitted) < error(scales), fitted, scales)
+    fits = (scales >= _HALF.tiny) & (scales <= _HALF.max)
+    rounded = np.where(fits, scales, 1).astype(np.float16).astype(np.float32)
+    scales = np.where(fits, rounded, scales)
+    return np.ascontiguousarray(np.moveaxis(scales.reshape(len(rows), -1), 1, axis))
+
+
+def _levels(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(blocks / scales[:, None]), -8, 7)

@@ -1,0 +1,115 @@
+"""quantize-weights: which weights get blocks of 4 bits, how scales are found, and refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optcompiler.errors import InputError
+from optcompiler.observers import quantize_array, weight_scales
+from optcompiler.program import Program, constant
+from optcompiler.target import Target
+from optcompiler_cpu.backend import CpuBackend
+from optcompiler_onnxruntime.backend import OnnxRuntimeBackend
+from optcompiler_passes.pack_weights import PackWeights
+from optcompiler_passes.quantize_weights import QuantizeWeights, block_scales
+from tests.support import INT8, apply_all, filled_program, make_context, proposals, random_inputs
+
+FOUR = replace(
+    INT8,
+    precisions=frozenset({"fp32", "int4"}),
+    stored_weight_ops=frozenset({"MatMul", "Gemm"}),
+)
+HEAD = '<ir_version: 10, opset_import: ["": 20]> '
+TEXT = """g (float[3,96] x) => (float[3,40] y)
+<float[96,64] w, float[40,64] v, float[40] b> {
+  [first] h = MatMul(x, w)
+  [relu] r = Relu(h)
+  [second] y = Gemm<transB = 1>(r, v, b)
+}"""
+PASS = QuantizeWeights(least_weights=1)
+
+
+def context(source: Program, **changes):
+    return make_context(source, **{"capabilities": FOUR, "precisions": FOUR.precisions, **changes})
+
+
+def reasons(source: Program, pass_: QuantizeWeights = PASS, **changes) -> dict[str, str]:
+    _, declines = proposals(pass_, source, context(source, **changes))
+    return {d.site: d.reason for d in declines}
+
+
+def blocks_of(source: Program, name: str) -> tuple[str, int, int, tuple[int, ...]]:
+    """Of the weight that a node reads: the operator that makes it, axis, block and scale shape."""
+    node = source.node(name)
+    assert node is not None
+    made = node.inputs[1].producer()
+    scale = constant(made.inputs[1])
+    attributes = made.attributes
+    return (
+        made.op_type, attributes.get_int("axis", 1), attributes.get_int("block_size", 0),
+        scale.shape,
+    )  # fmt: skip
+
+
+def test_weights_get_blocks_along_what_is_summed_over():
+    before = filled_program(HEAD + TEXT)
+    after, _ = apply_all(PASS, before, context(before))
+    after.verify(like=before)
+    assert blocks_of(after, "first") == ("DequantizeLinear", 0, 32, (3, 64))
+    assert blocks_of(after, "second") == ("DequantizeLinear", 1, 32, (40, 2))
+    assert after.opset == 21
+    assert set(before.graph.initializers) <= set(after.graph.initializers)
+
+
+def test_packed_programs_run_on_either_backend(tmp_path: Path):
+    before = filled_program(HEAD + TEXT)
+    after, _ = apply_all(PASS, before, context(before))
+    packed, _ = apply_all(PackWeights(), after, context(after))
+    assert not {"w", "v"} & set(packed.graph.initializers)
+    inputs = random_inputs(packed, 3)
+    results = []
+    for backend in (CpuBackend(), OnnxRuntimeBackend()):
+        target = Target(backend.name, threads=1)
+        directory = tmp_path / backend.name
+        directory.mkdir()
+        info = backend.lower(packed, target, directory)
+        runner = backend.load(directory, info, threads=1)
+        results.append(runner.run(inputs)[0])
+        runner.close()
+        [first, *_] = [k for k in backend.kernels(packed, target) if k.kind == "gemm"]
+        assert first.weight_bytes < 96 * 64 * 1.1
+    ours, theirs = results
+    # ONNX Runtime rounds activations to 8 bits for such a product
+    assert np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(ours)
+
+
+def test_scales_are_no_worse_than_a_search_and_take_two_bytes():
+    weight = np.random.default_rng(0).standard_normal((70, 50)).astype(np.float32)
+    scales = block_scales(weight, 0, 32)
+    assert scales.shape == (3, 50)
+    np.testing.assert_array_equal(scales, scales.astype(np.float16).astype(np.float32))
+
+    def error(scale: np.ndarray, block: int) -> float:
+        levels = quantize_array(weight, scale, None, "INT4", axis=0 if block else 1, block=block)
+        wide = np.repeat(scale, block, 0)[:70] if block else scale
+        return float(np.square(weight - levels * wide).sum())
+
+    by_block = np.stack([weight_scales(weight[i : i + 32], "INT4", axis=1) for i in (0, 32, 64)])
+    assert error(scales, 32) < error(by_block, 32) < error(weight_scales(weight, "INT4", 1), 0)
+
+
+def test_reasons_for_leaving_weights_alone():
+    before = filled_program(HEAD + TEXT)
+    assert "fewer than 65536" in reasons(before, QuantizeWeights())["first"]
+    assert reasons(before, replace(PASS, skip=("fir*",)))["first"] == "skipped by 'fir*'"
+    assert "no calibration data" in reasons(before, calibration=())["program"]
+    assert "int4 is not among" in reasons(before, precisions=frozenset({"fp32"}))["program"]
+    assert "as they are stored" in reasons(before, capabilities=INT8)["program"]
+    with pytest.raises(InputError, match="block_size=24"):
+        reasons(before, QuantizeWeights(block_size=24))
+    after, _ = apply_all(PASS, before, context(before))
+    assert reasons(after)["first"] == "already quantised"
