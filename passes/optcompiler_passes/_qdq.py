@@ -107,6 +107,7 @@ class Editor:
     """Adds pairs to one program; reads its names once, so it must be its only editor."""
 
     def __init__(self, program: Program) -> None:
+        self.program = program
         self.graph = program.graph
         self.nodes: dict[str, ir.Node] = {}
         self.values: dict[str, ir.Value] = {str(v.name): v for v in self.graph.inputs}

@@ -21,6 +21,7 @@ from optcompiler.observers import (
 )
 from optcompiler.program import SOURCE_KEY, Program, constant
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
+from optcompiler_passes._blocks import BLOCKED_SINCE, insert_blocks, is_large_matrix
 from optcompiler_passes._qdq import (
     KEEPS_LEVELS,
     PICKS_LEVELS,
@@ -33,8 +34,10 @@ from optcompiler_passes._qdq import (
     readers,
     table_of,
 )
+from optcompiler_passes.cast_bf16 import LIKE_NOW, raise_opset
 
 CONTRACTIONS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+BLOCK_SIZE = 32
 _ABSORBED = frozenset({"Clip", "Relu"})
 _ARITHMETIC = frozenset({"Add", "Concat", "Div", "Mul", "Sub", "Sum"})
 
@@ -70,6 +73,7 @@ class InsertQdq(Pass):
        integer kernel and a reader is one. Where the target fuses an Add into the contraction
        that feeds it, that operand stays as it is.
     5. Ranges come from one pass of `program` over the calibration batches.
+    6. Where "w4a8" is allowed, a large matrix may have 4 bits in blocks (`quantize-weights`).
 
     `observer` names the activation observer, `weight_observer` is "mse" or "minmax", `skip` holds
     globs of node names or source paths that stay float.
@@ -78,7 +82,7 @@ class InsertQdq(Pass):
     name: ClassVar[str] = "insert-qdq"
     stage: ClassVar[Stage] = Stage.QUANTIZE
     after: ClassVar[tuple[str, ...]] = ("cast-bf16",)
-    summary: ClassVar[str] = "8-bit weights and activations where the target has integer kernels"
+    summary: ClassVar[str] = "8-bit activations and weights where the target has integer kernels"
     time_limit_s: ClassVar[float] = math.inf
 
     observer: str = "mse"
@@ -116,6 +120,11 @@ class InsertQdq(Pass):
             else:
                 even = name in multipliers
                 ranges[name] = quantization_parameters(*observer.range(bits, even), dtype, even)
+        widths = {
+            choice: of for name, choice, of in (
+                ("int8", f"int{bits}", context.capabilities.weight_dtype), ("w4a8", "w4a8", "INT4"),
+            ) if name in context.precisions
+        }  # fmt: skip
         for site in survey.sites:
             bad = next((n for n in site.watched if n in broken), None)
             if bad is not None:
@@ -125,26 +134,30 @@ class InsertQdq(Pass):
                     site.nodes,
                 )
                 continue
-            rewrite = Quantize(
-                site,
-                {n: ranges[n] for n in site.watched},
-                dtype,
-                context.capabilities.weight_dtype,
-                context.capabilities.per_channel,
-                self.weight_observer,
-            )
-            yield Candidate(
-                site.node,
-                f"int{bits}",
-                rewrite,
-                exact=False,
-                nodes=site.nodes,
-                note=site.note,
-                details={
-                    "observer": self.observer,
-                    "scales": {n: float(ranges[n][0]) for n in site.watched},
-                },
-            )
+            offered = {c: of for c, of in widths.items() if of != "INT4" or site.blocks}
+            if not offered:
+                yield Decline(site.node, "it has no large matrix to store in 4 bits", site.nodes)
+            for choice, weight_dtype in offered.items():
+                rewrite = Quantize(
+                    site,
+                    {n: ranges[n] for n in site.watched},
+                    dtype,
+                    weight_dtype,
+                    context.capabilities.per_channel,
+                    self.weight_observer,
+                )
+                yield Candidate(
+                    site.node,
+                    choice,
+                    rewrite,
+                    exact=False,
+                    nodes=site.nodes,
+                    note=site.note,
+                    details={
+                        "observer": self.observer,
+                        "scales": {n: float(ranges[n][0]) for n in site.watched},
+                    },
+                )
 
     def _observer(self, known: Mapping[str, type[Observer]]) -> type[Observer]:
         available = {o.name: o for o in builtin_observers()} | dict(known)
@@ -157,7 +170,7 @@ class InsertQdq(Pass):
 
 
 def _refusal(context: PassContext) -> str | None:
-    if "int8" not in context.precisions:
+    if not context.precisions & {"int8", "w4a8"}:
         return f"precision int8 is not among those allowed: {', '.join(sorted(context.precisions))}"
     if not context.capabilities.integer_ops:
         return f"target {context.target.backend} has no integer kernels"
@@ -174,6 +187,7 @@ class Site:
     operand, each but the first made from the one before by an operator that keeps its levels.
     `weight` is (operand index, channel axis). `output` is the value to quantise for every reader.
     `multipliers` are roots of chains that lead to the second operand of a product of activations.
+    `blocks` says whether the weight is a matrix that may have 4 bits, in blocks of `BLOCK_SIZE`.
     """
 
     node: str
@@ -183,6 +197,7 @@ class Site:
     output: str | None = None
     multipliers: tuple[str, ...] = ()
     note: str = ""
+    blocks: bool = False
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -201,6 +216,7 @@ class Survey:
         self.context = context
         self.capabilities = context.capabilities
         self.fuses = "contraction" in context.capabilities.fusions
+        self.opset = program.opset
         self.order = {node: i for i, node in enumerate(program.graph)}
         self.sites: list[Site] = []
         self.declines: list[Decline] = []
@@ -394,6 +410,10 @@ class Survey:
                 str(output.name) if output is not None else None,
                 tuple(chain[0] for index, chain in chains if index == 1 and products),
                 "" if weight is None else _kept_in_float(node.inputs[weight[0]]),
+                weight is not None
+                and node.op_type in self.capabilities.stored_weight_ops
+                and is_large_matrix(node.inputs[weight[0]])
+                and self.opset >= LIKE_NOW,
             )
         )
 
@@ -539,6 +559,10 @@ class Quantize:
         array = laid_out(weight)
         if array is None:
             raise Declined(f"{_name(weight)} is no longer a constant.")
+        if self.weight_dtype == "INT4":
+            raise_opset(editor.program, BLOCKED_SINCE)
+            insert_blocks(editor, node, weight, 1 - axis, BLOCK_SIZE)
+            return
         along = axis if self.per_channel and axis >= 0 else None
         pair = pair_of(weight, along)
         if pair is None:

@@ -8,20 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from optcompiler.errors import InputError
-from optcompiler.observers import weight_scales
 from optcompiler.program import SOURCE_KEY, Program, constant
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
-from optcompiler_passes._qdq import Editor, dequantizer, laid_out, table_of
+from optcompiler_passes._blocks import BLOCKED_SINCE, LEAST_WEIGHTS, insert_blocks
+from optcompiler_passes._qdq import Editor, dequantizer, laid_out
 from optcompiler_passes.cast_bf16 import LIKE_NOW, raise_opset
-
-SINCE = 21
-"""Operator set from which on DequantizeLinear takes 4 bits and blocks."""
-
-_HALF = np.finfo(np.float16)
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class QuantizeWeights(Pass):
     time_limit_s: ClassVar[float] = math.inf
 
     block_size: int = 32
-    least_weights: int = 1 << 16
+    least_weights: int = LEAST_WEIGHTS
     skip: tuple[str, ...] = ()
 
     def propose(self, program: Program, context: PassContext) -> Iterable[Candidate | Decline]:
@@ -100,7 +94,7 @@ def _refusal(program: Program, context: PassContext) -> str | None:
     if not context.calibration:
         return "no calibration data to measure damage on; pass calibration=batches"
     if program.opset < LIKE_NOW:
-        return f"blocks need operator set {SINCE}, and the program is of {program.opset}"
+        return f"blocks need operator set {BLOCKED_SINCE}, and the program is of {program.opset}"
     return None
 
 
@@ -133,52 +127,8 @@ class Block:
         reason = "it is gone" if node is None else _reason(node)
         if node is None or reason:
             raise Declined(f"{self.site!r}: {reason}.")
-        raise_opset(program, SINCE)
+        raise_opset(program, BLOCKED_SINCE)
         value = node.inputs[1]
-        array = laid_out(value)
         assert value is not None
-        assert array is not None
         axis = 1 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else 0
-        scales = _scales(value, array, axis, self.block_size)
-        parameters = editor.parameters(str(value.name), scales, np.zeros_like(scales), "INT4")
-        pair = editor.insert_pair(value, *parameters, axis=axis, block_size=self.block_size)
-        node.replace_input_with(1, pair.value)
-
-
-def _scales(value: ir.Value, array: np.ndarray, axis: int, block_size: int) -> np.ndarray:
-    """Scales of a weight, kept on its tensor: rewrites run many times in a search."""
-    tensor = table_of(value).const_value
-    assert tensor is not None
-    key = f"optcompiler.blocks.{value.name}.{axis}.{block_size}"
-    known = tensor.meta.get(key)
-    if known is None:
-        known = tensor.meta[key] = block_scales(array, axis, block_size)
-    return known
-
-
-def block_scales(array: np.ndarray, axis: int, block_size: int) -> np.ndarray:
-    """Symmetric 4-bit scales of a matrix, one for each `block_size` elements along `axis`.
-
-    The shape is that of `array` with ceil(size / block_size) along `axis`.
-    """
-    rows = np.moveaxis(np.asarray(array, np.float32), axis, 1)
-    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % block_size)))
-    blocks = padded.reshape(-1, block_size)
-    scales = weight_scales(blocks, "INT4", 0)
-
-    def error(candidate: np.ndarray) -> np.ndarray:
-        return np.square(blocks - _levels(blocks, candidate) * candidate[:, None]).sum(axis=1)
-
-    levels = _levels(blocks, scales)
-    energy = np.square(levels).sum(axis=1)
-    fitted = np.where(energy > 0, (blocks * levels).sum(axis=1) / np.maximum(energy, 1), scales)
-    fitted = np.where(fitted > 0, fitted, scales).astype(np.float32)
-    scales = np.where(error(fitted) < error(scales), fitted, scales)
-    fits = (scales >= _HALF.tiny) & (scales <= _HALF.max)
-    rounded = np.where(fits, scales, 1).astype(np.float16).astype(np.float32)
-    scales = np.where(fits, rounded, scales)
-    return np.ascontiguousarray(np.moveaxis(scales.reshape(len(rows), -1), 1, axis))
-
-
-def _levels(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(blocks / scales[:, None]), -8, 7)
+        insert_blocks(editor, node, value, axis, self.block_size)

@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optcompiler.damage import run_batches
 from optcompiler.errors import InputError
 from optcompiler.observers import quantize_array, weight_scales
+from optcompiler.ops import builtin_table
 from optcompiler.program import Program, constant
 from optcompiler.target import Target
 from optcompiler_cpu.backend import CpuBackend
 from optcompiler_onnxruntime.backend import OnnxRuntimeBackend
+from optcompiler_passes._blocks import block_scales
+from optcompiler_passes.insert_qdq import InsertQdq
 from optcompiler_passes.pack_weights import PackWeights
-from optcompiler_passes.quantize_weights import QuantizeWeights, block_scales
+from optcompiler_passes.quantize_weights import QuantizeWeights
 from tests.support import INT8, apply_all, filled_program, make_context, proposals, random_inputs
 
 FOUR = replace(
@@ -113,3 +117,42 @@ def test_reasons_for_leaving_weights_alone():
         reasons(before, QuantizeWeights(block_size=24))
     after, _ = apply_all(PASS, before, context(before))
     assert reasons(after)["first"] == "already quantised"
+
+
+LARGE = """g (float[3,256] x) => (float[3,448] y)
+<float[256,256] w, float[256,32] v> {
+  [first] h = MatMul(x, w)
+  [second] k = MatMul(h, v)
+  [out] y = Concat<axis = 1>(h, k, k, k, k, k, k)
+}"""
+
+
+def test_large_matrices_may_have_four_bits_beside_bytes(tmp_path: Path):
+    """`insert-qdq` offers "w4a8" where it is allowed; the cpu backend sums integers then."""
+    both = replace(FOUR, precisions=frozenset({"fp32", "int8", "w4a8"}))
+    before = filled_program(HEAD + LARGE)
+    candidates, _ = proposals(
+        InsertQdq(), before, context(before, capabilities=both, precisions=both.precisions)
+    )
+    assert [(c.site, c.choice) for c in candidates] == [
+        ("first", "int8"), ("first", "w4a8"), ("second", "int8"),
+    ]  # fmt: skip
+    only = context(before, capabilities=both, precisions=frozenset({"fp32", "w4a8"}))
+    candidates, declines = proposals(InsertQdq(), before, only)
+    assert [(c.site, c.choice) for c in candidates] == [("first", "w4a8")]
+    assert ("second", "it has no large matrix to store in 4 bits") in [
+        (d.site, d.reason) for d in declines
+    ]
+    after, _ = apply_all(InsertQdq(), before, only)
+    assert blocks_of(after, "first") == ("DequantizeLinear", 0, 32, (8, 256))
+    packed, _ = apply_all(PackWeights(), after, context(after))
+    backend, target = CpuBackend(), Target("cpu", threads=1)
+    [first, second] = [k for k in backend.kernels(packed, target) if k.kind == "gemm"]
+    assert (first.dtype, second.dtype) == ("int8", "fp32")
+    assert first.weight_bytes < 256 * 256 * 5.1 / 8
+    info = backend.lower(packed, target, tmp_path)
+    runner = backend.load(tmp_path, info, threads=1)
+    inputs = random_inputs(packed, 3)
+    [found], [[wanted]] = runner.run(inputs), run_batches(packed, [inputs], builtin_table())
+    runner.close()
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-4)
