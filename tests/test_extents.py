@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from optcompiler.lowering.extents import (
+    Extent,
     RunTimeExtent,
     Symbol,
     at,
@@ -110,3 +111,17 @@ def test_spelling_and_values() -> None:
     assert values(extent(Symbol("n", 1, 1 << 20))) is None
     assert symbols(b * t) == {BATCH, TOKENS}
     assert symbols(3) == set()
+
+
+def test_what_is_greatest_at_the_bounds() -> None:
+    b, t = extent(BATCH), extent(TOKENS)
+    for sized, whether in (
+        (b * t * t + 3, True),
+        (b - 3, False),
+        (t * t * t, False),
+        (t // 3, False),
+    ):
+        assert isinstance(sized, Extent)
+        assert sized.sums_products is whether
+    corners = [*(b * 2).corners({TOKENS})]
+    assert {(c["batch"], c["tokens"]) for c in corners} == {(1, 8), (1, 128), (32, 8), (32, 128)}

@@ -29,8 +29,10 @@ from optcompiler.lowering.ir import (
     Softmax,
     Step,
     TopK,
+    product,
 )
 from optcompiler_cpu.attention import Attention, print_attention
+from optcompiler_cpu.choosing import from_on
 from optcompiler_cpu.code import KernelCode, Pointer, template
 from optcompiler_cpu.contraction import prepared, print_contraction, print_tile, tile_name
 from optcompiler_cpu.depthwise import is_direct, print_depthwise
@@ -51,7 +53,7 @@ from optcompiler_cpu.short import is_short, print_short
 from optcompiler_cpu.sizes import size_texts
 from optcompiler_cpu.weight_bytes import is_nibble_product, print_weight_bytes
 from optcompiler_cpu.weights import is_compressed, print_weights
-from optcompiler_cpu.winograd import is_winograd, print_winograd
+from optcompiler_cpu.winograd import is_winograd, least_tiles, print_winograd, tile_counts
 
 ALIGNMENT = 64
 SCALAR_HELPERS = re.compile(r"\boc_[a-z]+_[A-Z]")
@@ -87,7 +89,15 @@ def _contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
     if is_compressed(step):
         return print_weights(step, isa)
     if isinstance(step, Conv) and is_winograd(step, isa):
-        return print_winograd(step, isa)
+        least = least_tiles(step, isa)
+        kernel = print_winograd(step, isa)
+        if not least:
+            return kernel
+        return from_on(product(tile_counts(step)), least, kernel, _product(step, isa))
+    return _product(step, isa)
+
+
+def _product(step: Conv | MatMul, isa: Isa) -> KernelCode:
     if isinstance(step, MatMul) and not prepared(step):
         return print_dynamic(step, isa)
     return print_short(step, isa) if is_short(step, isa) else print_contraction(step, isa)

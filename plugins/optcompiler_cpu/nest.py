@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from optcompiler.lowering.extents import c_long
+from optcompiler.lowering.extents import c_long, is_run_time
 from optcompiler.lowering.ir import Expr, Index, View, loads, product, walk
-from optcompiler_cpu.code import Pointers, linear
+from optcompiler_cpu.code import Pointers, coordinates, linear
 from optcompiler_cpu.expressions import Place
 
 SERIAL_ELEMENTS = 8192
@@ -79,6 +79,8 @@ def placer(pointers: Pointers, nest: Nest, lane: int, column: str = "j") -> Call
 def outer_loops(nest: Nest, skip: Sequence[int], body: list[str], parallel: bool) -> list[str]:
     """`body` inside a loop per axis of the nest but `skip`; the first divided among threads."""
     order = [d for d in range(len(nest.sizes)) if d not in skip]
+    if parallel and len(order) > 1 and is_run_time(nest.sizes[order[0]]):
+        return shared_loop(nest, order[:2], outer_loops(nest, [*skip, *order[:2]], body, False))
     lines = body
     for place, d in reversed(list(enumerate(order))):
         low, high = "0", str(nest.sizes[d])
@@ -92,6 +94,22 @@ def outer_loops(nest: Nest, skip: Sequence[int], body: list[str], parallel: bool
     if not order and parallel:
         lines = ["if (part == 0) {", *(f"  {x}" for x in lines), "}"]
     return lines
+
+
+def shared_loop(nest: Nest, dims: Sequence[int], body: list[str]) -> list[str]:
+    """`body` in one loop over all indices of some loops of the nest, divided among threads.
+
+    A single loop whose length is known at run time alone may be too short to divide.
+    """
+    sizes = tuple(nest.sizes[d] for d in dims)
+    size = product(sizes)
+    places = coordinates("place", sizes, [f"i{d}" for d in dims])
+    return [
+        f"const long end = (long)(part + 1) * {size} / parts;",
+        f"for (long place = (long)part * {size} / parts; place < end; ++place) {{",
+        *(f"  {x}" for x in (*places, *body)),
+        "}",
+    ]
 
 
 def vector_loop(

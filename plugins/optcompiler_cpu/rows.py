@@ -23,6 +23,7 @@ from optcompiler_cpu.nest import (
     nest_of,
     outer_loops,
     placer,
+    shared_loop,
     vector_loop,
 )
 from optcompiler_cpu.scalars import REAL, c_type, stored
@@ -185,6 +186,11 @@ def _rows(nest: Nest, skip: list[int], body: list[str], parallel: bool) -> list[
         return outer_loops(nest, skip, body, parallel)
     widest = max(outer, key=lambda d: (nest.sizes[d], -d))
     size = nest.sizes[widest]
+    if is_run_time(size) and len(outer) > 1:
+        second = max((d for d in outer if d != widest), key=lambda d: (nest.sizes[d], -d))
+        return outer_loops(
+            nest, [*skip, widest, second], shared_loop(nest, [widest, second], body), False
+        )
     inner = [
         f"for (long i{widest} = (long)part * {size} / parts; "
         f"i{widest} < (long)(part + 1) * {size} / parts; ++i{widest}) {{",

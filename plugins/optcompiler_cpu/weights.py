@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from optcompiler.lowering.build import view_array
-from optcompiler.lowering.extents import is_run_time
+from optcompiler.lowering.extents import is_run_time, largest, values
 from optcompiler.lowering.ir import Conv, MatMul, product
+from optcompiler_cpu.choosing import from_on
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.contraction import (
     Block,
@@ -41,6 +42,10 @@ from optcompiler_cpu.loops import HEADER
 
 NIBBLES = frozenset({"INT4", "UINT4"})
 HALVES = frozenset({"FLOAT16", "BFLOAT16"})
+SHARED_ROWS = 2
+"""Rows up to which tiles of registers have the panels that tiles of floats have, so that a kernel
+for any number of rows holds its weights once."""
+
 STORED = NIBBLES | HALVES | {"INT8", "UINT8"}
 """Types of weights that are multiplied with floats as they are stored."""
 
@@ -163,8 +168,14 @@ def print_weights(step: Conv | MatMul, isa: Isa) -> KernelCode:
     shape = conv_shape(step) if isinstance(step, Conv) else matmul_shape(step)
     shape = merge_rows(step, shape)
     rows = product(shape.dims)
-    few = not is_run_time(rows) and rows <= few_rows(isa) and shape.outer * shape.inner == 1
-    return (_print_few if few else _print_many)(step, shape, rows, isa)
+    one_run = shape.outer * shape.inner == 1
+    if is_run_time(rows) and one_run and min(values(rows) or {1}) <= SHARED_ROWS:
+        few = _print_few(step, shape, rows, isa)
+        if largest(rows) <= SHARED_ROWS:
+            return few
+        return from_on(rows, SHARED_ROWS + 1, _print_many(step, shape, rows, isa), few)
+    fits = not is_run_time(rows) and rows <= few_rows(isa)
+    return (_print_few if fits and one_run else _print_many)(step, shape, rows, isa)
 
 
 @dataclass(frozen=True)
@@ -314,7 +325,8 @@ def register_tile(rows: int, scaled: bool, isa: Isa) -> tuple[int, int]:
 def _print_few(step: Conv | MatMul, shape: Shape, rows: int, isa: Isa) -> KernelCode:
     """Rows against one panel after another, whose weights become floats in registers."""
     weights = weights_of(step)
-    height, widest = register_tile(rows, weights.scale is not None, isa)
+    most = SHARED_ROWS if is_run_time(rows) else rows
+    height, widest = register_tile(most, weights.scale is not None, isa)
     columns = column_blocks(shape.n, isa, Tiling("registers", {widest: height}))
     pointers = Pointers()
     a = pointers.view(shape.a)
@@ -322,7 +334,8 @@ def _print_few(step: Conv | MatMul, shape: Shape, rows: int, isa: Isa) -> Kernel
     pointers.data("init", _start(step, columns, isa), "float")
     blocks = _table(columns, shape.n, rows, {v: height for _, v in columns}, isa)
     epilogue, args = print_epilogue(step, shape, pointers, isa)
-    tiles = sorted({(v, r) for _, v in columns for r in (height, (rows - 1) % height + 1)})
+    ends = range(1, height + 1) if is_run_time(rows) else (height, (rows - 1) % height + 1)
+    tiles = sorted({(v, r) for _, v in columns for r in ends})
     sums = weights.zero_point is not None
     depth = weights.depth
     names = [f"i{d}" for d in range(len(shape.dims))]
@@ -335,8 +348,8 @@ def _print_few(step: Conv | MatMul, shape: Shape, rows: int, isa: Isa) -> Kernel
     body = [
         _text(blocks),
         "(void)scratch;",
-        f"const float *at[{rows}];",
-        *(f"long r{i}[{rows}];" for i, _ in enumerate(args)),
+        f"const float *at[{most}];",
+        *(f"long r{i}[{most}];" for i, _ in enumerate(args)),
         f"for (int r = 0; r < {rows}; ++r) {{",
         "  const long row = r;",
         *(f"  {line}" for line in coordinates("row", shape.dims, names)),
@@ -353,7 +366,7 @@ def _print_few(step: Conv | MatMul, shape: Shape, rows: int, isa: Isa) -> Kernel
         "for (int b = first; b < last; ++b) {",
         "  const struct oc_block k = blocks[b];",
         f"  for (int m = 0; m < {rows}; m += k.rows) {{",
-        f"    const int rows = m + k.rows <= {rows} ? k.rows : {rows} - m;",
+        f"    const int rows = {rows_left('m', rows)};",
         f"    float acc[{height * widest} * VL] __attribute__((aligned(64)));",
         "    switch (k.vectors * 32 + rows) {",
         *(f"      {case}" for case in cases),
@@ -365,7 +378,7 @@ def _print_few(step: Conv | MatMul, shape: Shape, rows: int, isa: Isa) -> Kernel
     body = [*pointers.declarations(body), *body]
     functions = [_few_tile(panels, v, r) for v, r in tiles]
     text = "\n".join([epilogue, *functions, f"{HEADER} {{\n{indent(body)}\n}}\n"])
-    scratch = rows * panels.blocks * 4 if sums else 0
+    scratch = most * panels.blocks * 4 if sums else 0
     return KernelCode(text, pointers.finish(), scratch_bytes=scratch)
 
 

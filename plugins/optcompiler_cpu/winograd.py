@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from optcompiler.lowering.build import view_array
-from optcompiler.lowering.extents import largest, values
+from optcompiler.lowering.extents import is_run_time, largest, values
 from optcompiler.lowering.ir import Conv, product
 from optcompiler_cpu.code import KernelCode, Pointers, coordinates, indent, linear
 from optcompiler_cpu.contraction import (
@@ -78,7 +78,7 @@ def multiplications(step: Conv) -> int:
 
 def is_winograd(step: Conv, isa: Isa) -> bool:
     """Whether the step can be computed so, and is estimated to be faster."""
-    oc, c, kh, kw = step.b.view.shape
+    _, c, kh, kw = step.b.view.shape
     fits = (
         step.a.quantization is None
         and (kh, kw) == (3, 3)
@@ -89,13 +89,30 @@ def is_winograd(step: Conv, isa: Isa) -> bool:
         and step.a.view.strides[1] in (0, 1)
         and step.a.view.dtype == step.b.view.dtype == "FLOAT"
     )
-    if not fits:
-        return False
-    tiles = largest(product(tile_counts(step)))
+    return fits and _pays(step, isa, largest(product(tile_counts(step))))
+
+
+def least_tiles(step: Conv, isa: Isa) -> int:
+    """From how many tiles on such a step is faster so, where it is for the most there can be; 0
+    where it always is, as for a number that is known."""
+    _, down, across = tile_counts(step)
+    tiles = product(tile_counts(step))
+    every = values(tiles)
+    if every is None or is_run_time(down) or is_run_time(across):
+        return 0
+    direct = [n for n in every if not _pays(step, isa, n)]
+    return max(direct) + 1 if direct else 0
+
+
+def _pays(step: Conv, isa: Isa, tiles: int) -> bool:
+    """Whether so many tiles are estimated to take less time than a direct sum."""
+    oc, c = step.b.view.shape[:2]
+    _, down, across = map(largest, tile_counts(step))
+    _, _, oh, ow = map(largest, step.out.shape)
     a_cycle = 2 * isa.lanes
-    direct = largest(product(step.out.shape)) * 9 * c / a_cycle
+    direct = tiles // (down * across) * oc * oh * ow * 9 * c / a_cycle
     blocks = -(-tiles // block_of_tiles(step, isa))
-    products = PRODUCTS * largest(multiplications(step)) / a_cycle
+    products = PRODUCTS * 36 * tiles * oc * c / a_cycle
     transforms = tiles * (c + oc) / isa.lanes * OVERHEAD / 2
     streaming = blocks * 36 * c * oc * 4 / STREAM_BYTES
     return max(products, streaming) + transforms < WORTH * direct

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ import pytest
 
 import optcompiler as oc
 from optcompiler.binding import bind
+from optcompiler.damage import run_batches
 from optcompiler.errors import InputError, UnsupportedOperatorError
+from optcompiler.ops import builtin_table
 from optcompiler_cpu.backend import CpuBackend, emit
 from optcompiler_cpu.isa import ISAS
 from optcompiler_cpu.toolchain import LIBRARIES, compiler
 from tests.backends.test_cpu import FLOATS, HERE, compiled, program
 from tests.backends.test_cpu_integers import INTEGERS
+from tests.backends.test_cpu_weights import program as weights_program
+from tests.backends.test_cpu_weights import quantised_weight
 from tests.support import assert_close, random_inputs, run_onnx
 
 Bounds = Mapping[str, tuple[int, int]]
@@ -221,3 +226,47 @@ def test_symbols_that_c_spells_alike_are_refused() -> None:
     )
     with pytest.raises(InputError, match="both spelled n_a_b"):
         emit(source, ISAS["portable"], bounds={"a b": (1, 2), "a_b": (1, 2)})
+
+
+def test_the_kernel_is_chosen_by_the_size(tmp_path: Path) -> None:
+    """A convolution of few pixels and many weights is a direct sum for one image alone."""
+    source = program(
+        "(float[batch, 256, 6, 6] x) => (float[batch, 256, 6, 6] y) "
+        "{ y = Conv<pads = [1, 1, 1, 1]>(x, w) }",
+        w=(256, 256, 3, 3),
+    )  # fmt: skip
+    _, module = emit(source, ISAS["avx512_vnni"], bounds={"batch": (1, 12)})
+    text = "".join(module.sources.values())
+    assert re.search(r"if \(\(4 \* n_batch\) >= \d+\) net_kernel_\d_many", text)
+    sized = Library.of(source, tmp_path, {"batch": (1, 12)})
+    for n in (1, 2, 12):
+        inputs = random_inputs(source, seed=n, dynamic=n)
+        for threads in (1, 2):
+            assert_close(sized.run(inputs, threads), run_onnx(source, inputs), 1e-4)
+
+
+@pytest.mark.parametrize("isa", ["portable", HERE[0]])
+def test_compressed_weights(isa: str, tmp_path: Path) -> None:
+    model, attributes = quantised_weight("INT4", 64, 48, 16, zero=True)
+    source = weights_program(
+        f"(float[rows, 64] x) => (float[rows, 48] y) "
+        f"{{ d = DequantizeLinear{attributes}(w, s, z) y = MatMul(x, d) }}",
+        **model,
+    )
+    sized = Library.of(source, tmp_path, {"rows": (1, 40)}, isa=isa)
+    once = 64 * 48 // 2
+    assert (tmp_path / "net.weights").stat().st_size < once * 2
+    for n in (1, 2, 3, 24, 25, 40):
+        inputs = random_inputs(source, seed=n, dynamic=n)
+        want = run_batches(source, [inputs], builtin_table())[0][0].numpy()
+        assert_close(sized.run(inputs), [want], 1e-5)
+
+
+def test_small_sizes_lie_densely() -> None:
+    lowered, _ = emit(CONVOLUTIONS, ISAS["portable"], bounds=BATCH)
+    assert [s.name for s in lowered.arena_scale] == ["batch"]
+    large, _ = emit(bind(CONVOLUTIONS, {"batch": 9}), ISAS["portable"])
+    small, _ = emit(bind(CONVOLUTIONS, {"batch": 1}), ISAS["portable"])
+    assert lowered.arena_bytes <= 1.1 * large.arena_bytes
+    assert lowered.arena_bytes // 9 <= 1.1 * small.arena_bytes
+    assert large.arena_scale == ()
