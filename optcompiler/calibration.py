@@ -259,17 +259,28 @@ def _part(batch: Batch, start: int, stop: int) -> Batch:
 def _regrouped(
     batches: Sequence[Batch], size: int, note: Callable[[str], None] | None, keep_rest: bool = False
 ) -> list[Batch]:
-    """The same samples in batches of `size`; what is left over is dropped, or kept on request."""
+    """The same samples in batches of `size`; what is left over is dropped, or kept on request.
+
+    Samples of different shapes stay in batches of their own.
+    """
     if all(_samples(b) == size for b in batches):
         return list(batches)
-    whole = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
-    count = _samples(whole)
-    rest = count % size
-    if count < size:
+    alike: dict[tuple[tuple[int, ...], ...], list[Batch]] = {}
+    for batch in batches:
+        alike.setdefault(tuple(a.shape[1:] for a in batch.values()), []).append(batch)
+    made: list[Batch] = []
+    dropped = 0
+    for group in alike.values():
+        whole = {name: np.concatenate([b[name] for b in group]) for name in group[0]}
+        rest = 0 if keep_rest else _samples(whole) % size
+        dropped += rest
+        end = _samples(whole) - rest
+        made += [_part(whole, start, start + size) for start in range(0, end, size)]
+    count = sum(map(_samples, batches))
+    if not made:
         raise InputError(
             f"calibration: {count} samples given, the model takes batches of {size}; give more."
         )
-    if rest and not keep_rest and note is not None:
-        note(f"calibration: dropped {rest} of {count} samples to make batches of {size}")
-    end = count if keep_rest else count - rest
-    return [_part(whole, start, start + size) for start in range(0, end, size)]
+    if dropped and note is not None:
+        note(f"calibration: dropped {dropped} of {count} samples to make batches of {size}")
+    return made

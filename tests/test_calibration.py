@@ -154,3 +154,18 @@ def test_holdout_is_spread_and_deterministic():
     assert len(split_holdout(batches, 0.5)[1]) == 4
     with pytest.raises(InputError, match="holdout fraction 1"):
         split_holdout(batches, 1)
+
+
+def test_samples_of_several_lengths_stay_apart():
+    port = Port("x", "FLOAT", ("n", "t"))
+    of = Signature((Parameter("x", Tree("tensor", 0)),), Tree("tensor", 0), (port,), (port,))
+    given = [np.full((5, t), t, np.float32) for t in (3, 4)]
+    batches = load_calibration(given, of)
+    assert [b["x"].shape for b in batches] == [(3, 3), (2, 3), (3, 4), (2, 4)]
+    fixed = Port("x", "FLOAT", (2, "t"))
+    notes: list[str] = []
+    batches = load_calibration(
+        given, Signature(of.parameters, of.result, (fixed,), (fixed,)), note=notes.append
+    )
+    assert [b["x"].shape for b in batches] == [(2, 3), (2, 3), (2, 4), (2, 4)]
+    assert notes == ["calibration: dropped 2 of 10 samples to make batches of 2"]
