@@ -20,11 +20,23 @@ INLINE vf weights_nibble(vi w, int d) {
 INLINE vf weights_nibble(vi w, int d) { return vi_float(vi_shl(w, 28 - 4 * d) >> 28); }
 #endif
 
-/* The low nibble of each byte as a signed byte: the high bit of a nibble is turned, and eight taken off. */
+/* the low nibble of each byte as a signed byte */
+#if defined(OC_AVX512_VNNI)
 INLINE vi weights_bytes(vi w) {
-  const vi turned = vi_xor(vi_and(w, vi_set(0x0f0f0f0f)), vi_set((int32_t)0x88888888));
-  return vi_xor(vi_sub(turned, vi_set(0x08080808)), vi_set((int32_t)0x80808080));
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+  return _mm512_shuffle_epi8(bytes, vi_and(w, vi_set(0x0f0f0f0f)));
 }
+#elif defined(OC_AVX2)
+INLINE vi weights_bytes(vi w) {
+  const __m128i bytes = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), vi_and(w, vi_set(0x0f0f0f0f)));
+}
+#else
+INLINE vi weights_bytes(vi w) {
+  const vi sign = vi_and(w, vi_set(0x08080808)), two = vi_or(vi_shl(sign, 1), vi_shl(sign, 2));
+  return vi_or(vi_and(w, vi_set(0x0f0f0f0f)), vi_or(two, vi_shl(two, 2)));
+}
+#endif
 
 /* ones in the first n of four bytes, n from 1 on */
 INLINE int32_t weights_ones(long n) { return n >= 4 ? 0x01010101 : 0x01010101 & ((1 << 8 * n) - 1); }
