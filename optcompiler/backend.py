@@ -181,6 +181,11 @@ class Backend(ABC):
         """Whether `load` can run the artifact on this machine; if not, it is only written."""
         return True
 
+    def profiled_as(self, target: Target) -> Target:
+        """The target whose measured profile holds for this one too: itself, unless its artifacts
+        pick at run time what others have alone."""
+        return target
+
     def nominal_profile(self, target: Target) -> DeviceProfile | None:
         """The device by its data sheet, where it cannot be measured; None if unknown."""
         return None

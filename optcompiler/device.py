@@ -63,7 +63,7 @@ def profile_for(
         known = None if remeasure else _kept(store, facts)
         if known is not None:
             return known
-        profile = measure(backend, target, progress)
+        profile = measure(backend, backend.profiled_as(target), progress)
         if profile is not None:
             _keep(store, facts, profile)
             return profile
@@ -102,7 +102,7 @@ def machine_name() -> str:
 
 def _facts(backend: Backend, target: Target) -> dict[str, Any]:
     """What can change the outcome of measuring."""
-    target = backend.spelled_out(target)
+    target = backend.profiled_as(backend.spelled_out(target))
     flags = ""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

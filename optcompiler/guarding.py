@@ -102,6 +102,9 @@ class GuardedBackend(Backend):
     def runs_here(self, target: Target) -> bool:
         return self._asked("runs_here", bool, target)
 
+    def profiled_as(self, target: Target) -> Target:
+        return self._asked("profiled_as", Target, target)
+
     def nominal_profile(self, target: Target) -> DeviceProfile | None:
         return self._asked("nominal_profile", (DeviceProfile, type(None)), target)
 

@@ -606,6 +606,7 @@ def running(change: Callable[[list[Any]], Any], **members: Any) -> Any:
         {"runs_here": lambda target: "perhaps"},
         {"versions": lambda: 3},
         {"nominal_profile": lambda target: 3},
+        {"profiled_as": lambda target: 3},
     ],
     ids=lambda v: next(iter(v)),
 )  # fmt: skip

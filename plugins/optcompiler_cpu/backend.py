@@ -14,11 +14,12 @@ from optcompiler.choices import Choices
 from optcompiler.cost import DeviceProfile, nominal_profile
 from optcompiler.errors import InputError
 from optcompiler.lowering import Bounds, kernel_of, lower, lower_sized, plan
+from optcompiler.lowering.extents import Symbol
 from optcompiler.lowering.ir import Conv, Lowered, Step
 from optcompiler.program import Program
 from optcompiler.target import Target
 from optcompiler_cpu.attention import Attention, fused, kernel_of_attention
-from optcompiler_cpu.isa import ISAS, Isa, pick_isa, supported
+from optcompiler_cpu.isa import ISAS, MULTI, Isa, best_here, named_isas
 from optcompiler_cpu.legalize import legalize
 from optcompiler_cpu.module import Module, describe, print_module
 from optcompiler_cpu.naming import DEFAULT, checked_name, library_name
@@ -30,6 +31,7 @@ from optcompiler_cpu.toolchain import (
     is_here,
     require_machine,
     target_machine,
+    target_processor,
     versions,
 )
 from optcompiler_cpu.weights import STORED
@@ -40,21 +42,31 @@ _lowered = functools.partial(
 )
 """Lowering for the kernels there are here."""
 
-OPTIONS = {"isa": ("native", *ISAS), "weights": ("file", "embedded")}
+OPTIONS = ("isa", "weights")
+WEIGHTS = ("file", "embedded")
 
 
 def emit(
-    program: Program, isa: Isa, name: str = DEFAULT, *, embedded: bool = False,
+    program: Program, isas: Sequence[Isa], name: str = DEFAULT, *, embedded: bool = False,
     bounds: Bounds = MappingProxyType({}),
-) -> tuple[Lowered, Module]:  # fmt: skip
-    """The program in the form that is printed, and the text and weights of its artifact.
+) -> tuple[list[Lowered], Module]:  # fmt: skip
+    """The program in the form that is printed for each of `isas`, and the text and weights of its
+    artifact.
 
     `bounds` are those of dimensions that stay symbolic until it runs.
     """
-    lowered, symbols = lower_sized(program, bounds, _lowered) if bounds else (_lowered(program), ())
-    legalize(lowered, isa)
-    plan(lowered)
-    return lowered, print_module(lowered, isa, name, embedded=embedded, symbols=symbols)
+    forms: list[Lowered] = []
+    symbols: tuple[Symbol, ...] = ()
+    for isa in isas:
+        if bounds:
+            lowered, symbols = lower_sized(program, bounds, _lowered)
+        else:
+            lowered = _lowered(program)
+        legalize(lowered, isa)
+        plan(lowered)
+        forms.append(lowered)
+    variants = list(zip(isas, forms, strict=True))
+    return forms, print_module(variants, name, embedded=embedded, symbols=symbols)
 
 
 def checked_options(target: Target) -> Mapping[str, str]:
@@ -65,21 +77,36 @@ def checked_options(target: Target) -> Mapping[str, str]:
             raise InputError(
                 f"target cpu: unknown option {option!r}; it knows name, {', '.join(OPTIONS)}."
             )
-        if value not in OPTIONS[option]:
+        if option == "weights" and value not in WEIGHTS:
             raise InputError(
-                f"target cpu: {option}={value!r} is not known; give {', '.join(OPTIONS[option])}."
+                f"target cpu: weights={value!r} is not known; give {', '.join(WEIGHTS)}."
             )
+    chosen_isas(target.options)
     return target.options
+
+
+def chosen_isas(options: Mapping[str, str]) -> tuple[Isa, ...]:
+    """What code is made for, best first. Raises `InputError` for what is not known."""
+    text = options.get("isa", "native")
+    return named_isas(MULTI.get(target_processor(), "portable") if text == "multi" else text)
+
+
+def judged_isa(options: Mapping[str, str]) -> Isa:
+    """The instruction set that prices and precisions are of: the best this machine has of those
+    chosen, for another machine the best of all."""
+    isas = chosen_isas(options)
+    return best_here(isas) or isas[0]
 
 
 class CpuBackend(Backend):
     """Writes C11 with GCC's intrinsics and compiles it with `CC`, `CFLAGS` and `LDFLAGS`.
 
     Option `isa`: "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "portable", or
-    "native" (the default: the best that the compiler's machine has). Integer arithmetic gives the
-    same numbers on each; bfloat16 is offered as a precision where it has instructions. Option
-    `weights`: "file" (the default: beside the library, mapped) or "embedded" (in the library). The
-    target's `name` begins the names of files and symbols.
+    "native" (the default: the best that the compiler's machine has). Several joined by `+`, or
+    "multi" for what the processors of a kind have, make one library that picks when it is used.
+    Integer arithmetic gives the same numbers on each; bfloat16 is offered as a precision where it
+    has instructions. Option `weights`: "file" (the default: beside the library, mapped) or
+    "embedded" (in the library). The target's `name` begins the names of files and symbols.
     """
 
     name = "cpu"
@@ -88,9 +115,9 @@ class CpuBackend(Backend):
     def spelled_out(self, target: Target) -> Target:
         options = dict(checked_options(target))
         native = options.get("isa", "native") == "native"
-        options["isa"] = (
-            "portable" if native and not is_here(target_machine()) else pick_isa(options).name
-        )
+        if native and not is_here(target_machine()):
+            options["isa"] = "portable"
+        options["isa"] = "+".join(isa.name for isa in chosen_isas(options))
         return Target(
             "cpu", threads=target.threads, sizes=target.all_sizes, name=target.name, **options
         )
@@ -99,13 +126,19 @@ class CpuBackend(Backend):
         return library_name(text)
 
     def runs_here(self, target: Target) -> bool:
-        return supported(pick_isa(target.options)) and is_here(target_machine())
+        return best_here(chosen_isas(target.options)) is not None and is_here(target_machine())
+
+    def profiled_as(self, target: Target) -> Target:
+        options = {**target.options, "isa": judged_isa(target.options).name}
+        return Target(
+            "cpu", threads=target.threads, sizes=target.all_sizes, name=target.name, **options
+        )
 
     def nominal_profile(self, target: Target) -> DeviceProfile | None:
         return None if self.runs_here(target) else nominal_profile(self.name, target.threads)
 
     def capabilities(self, target: Target) -> Capabilities:
-        isa = pick_isa(checked_options(target))
+        isa = judged_isa(checked_options(target))
         return Capabilities(
             precisions=frozenset(
                 {"fp32", "int8", "int4", "w4a8", *(("bf16",) if isa.multiplies_bf16 else ())}
@@ -122,7 +155,7 @@ class CpuBackend(Backend):
         )
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
-        isa = pick_isa(target.options)
+        isa = judged_isa(target.options)
         lowered = _lowered(program, values=False)
         return [_as_printed(step, isa) for step in fused(lowered.steps)]
 
@@ -130,28 +163,24 @@ class CpuBackend(Backend):
         self, program: Program, target: Target, directory: Path, choices: Choices | None = None
     ) -> Mapping[str, Any]:
         options = checked_options(target)
-        isa, name = pick_isa(options), checked_name(target.name)
+        isas, name = chosen_isas(options), checked_name(target.name)
         compiler()
-        require_machine(isa)
+        require_machine(isas)
         embedded = options.get("weights") == "embedded"
-        lowered, module = emit(program, isa, name, embedded=embedded, bounds=target.bounds)
+        forms, module = emit(program, isas, name, embedded=embedded, bounds=target.bounds)
         (directory / "src").mkdir()
-        for path, text in (*module.sources.items(), *package(module, isa).items()):
+        for path, text in (*module.sources.items(), *package(module).items()):
             (directory / path).write_text(text, encoding="utf-8")
         with (directory / f"{name}.weights").open("wb") as file:
             file.writelines(module.weights)
-        build(
-            directory, module.units, (f"-D{isa.macro}", *isa.flags), f"lib{name}.so",
-            f"lib{name}.a",
-        )  # fmt: skip
+        build(directory, module.units, f"lib{name}.so", f"lib{name}.a")
         return {
             "machine": target_machine(),
-            "isa": isa.name,
+            "isa": "+".join(isa.name for isa in isas),
             "name": name,
             "embedded": embedded,
-            "steps": list(module.steps),
-            "arena_bytes": lowered.arena_bytes,
-            "ports": describe(lowered),
+            "arena_bytes": max(lowered.arena_bytes for lowered in forms),
+            "ports": describe(forms[0]),
             **({"sizes": sizes} if (sizes := _sizes(program, target.bounds)) else {}),
         }
 
@@ -161,16 +190,14 @@ class CpuBackend(Backend):
                 f"the artifact is for {info['machine']!r}, which this machine is not; compile it "
                 f"here, or check it there with its Makefile."
             )
-        isa = ISAS.get(str(info["isa"]))
-        if isa is None or not supported(isa):
+        stated = str(info["isa"])
+        if best_here([isa for isa in ISAS.values() if isa.name in stated.split("+")]) is None:
             raise InputError(
-                f"the artifact is for isa={info['isa']!r}, which this machine does not have; "
+                f"the artifact is for isa={stated!r}, which this machine does not have; "
                 f"compile with isa=portable."
             )
         name = checked_name(str(info["name"]))
-        return CpuRunner(
-            directory, name, info["ports"], info["steps"], threads, info.get("sizes", ())
-        )
+        return CpuRunner(directory, name, info["ports"], threads, info.get("sizes", ()))
 
     def versions(self) -> Mapping[str, str]:
         return versions()

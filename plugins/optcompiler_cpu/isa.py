@@ -6,7 +6,7 @@ import ctypes
 import functools
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,9 @@ class Isa:
     6 x 4 accumulators, with 16 registers 6 x 2; integers without VNNI, and bfloat16 without
     products of its own, hold each vector of weights twice. AMX has eight registers of 16 x 16: two
     by two accumulators, two of either operand.
+
+    `needs` are features as Linux names them, of a `processor`; empty: any. `flags` are what the
+    compiler is told.
     """
 
     name: str
@@ -49,11 +52,21 @@ class Isa:
     halves: Tiling
     integers: tuple[Tiling, ...]
     needs: frozenset[str]
+    processor: str = "x86_64"
 
     @property
     def multiplies_bf16(self) -> bool:
         """Whether bfloat16 is multiplied as it is, in place of being widened first."""
         return "avx512_bf16" in self.needs
+
+    @property
+    def condition(self) -> str:
+        """In C, by `processor.h`: whether the processor has it and the system lets it be used."""
+        features = [f[2:] for f in self.flags if f.startswith("-m") and "=" not in f]
+        tests = [f'HAS("{feature}")' for feature in features]
+        if "amx_tile" in self.needs:
+            tests.append("may_use_tiles()")
+        return " && ".join(tests) or "1"
 
     def tiling(self, dtype: str, rows: int) -> Tiling:
         """The register tiles for a product of so many rows of elements of type `dtype`."""
@@ -132,15 +145,30 @@ ISAS = {
             Tiling("bf16", {2: 4, 1: 6}, step=2),
             (Tiling("u8", {2: 4, 1: 6}, step=4),),
             frozenset(),
+            processor="",
         ),
     )
 }
 """By name, best first."""
 
 
+MULTI = {"x86_64": "avx512_vnni+avx_vnni+avx2+portable"}
+"""What `isa=multi` stands for, by processor."""
+
+
+def processor_of(name: str) -> str:
+    """A processor's name as Linux and GNU triples have it."""
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name.lower(), name.lower())
+
+
 def supported(isa: Isa) -> bool:
     """Whether this machine can run code for `isa`."""
     return isa.needs <= cpu_flags() and ("amx_tile" not in isa.needs or _may_use_tiles())
+
+
+def best_here(isas: Sequence[Isa]) -> Isa | None:
+    """The one that a library with code for all of `isas` picks on this machine."""
+    return next(filter(supported, isas), None)
 
 
 @functools.cache
@@ -153,21 +181,25 @@ def _may_use_tiles() -> bool:
 
 
 def cpu_flags() -> frozenset[str]:
-    if platform.machine() not in {"x86_64", "AMD64"}:
-        return frozenset()
+    """What Linux says that the processor has."""
+    title = {"x86_64": "flags", "aarch64": "Features"}.get(processor_of(platform.machine()))
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    line = next((row for row in text.splitlines() if row.startswith("flags")), "")
+    line = next((row for row in lines if title and row.startswith(title)), "")
     return frozenset(line.partition(":")[2].split())
 
 
-def pick_isa(options: Mapping[str, str]) -> Isa:
-    """The instruction set that the target's options ask for; by default this machine's best."""
-    name = options.get("isa", "native")
-    if name == "native":
-        return next(isa for isa in ISAS.values() if supported(isa))
-    if name not in ISAS:
-        raise InputError(f"target cpu: isa={name!r} is not known; give native, {', '.join(ISAS)}.")
-    return ISAS[name]
+def named_isas(text: str) -> tuple[Isa, ...]:
+    """Names joined by `+`, or "native", this machine's best; best first. Raises `InputError`."""
+    if text == "native":
+        return (next(filter(supported, ISAS.values())),)
+    names = text.split("+")
+    for name in names:
+        if name not in ISAS:
+            raise InputError(
+                f"target cpu: isa={name!r} is not known; give native, multi, {', '.join(ISAS)}, or "
+                f"several joined by +."
+            )
+    return tuple(isa for isa in ISAS.values() if isa.name in names)

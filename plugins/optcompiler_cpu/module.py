@@ -75,6 +75,11 @@ HELPERS = {
 }
 """Headers of `runtime` that kernels may need, and how the names in them begin."""
 
+SCALING = """\
+  .arena_scaling = (const int[]){{{0}}},
+  .scaling_count = {1},
+"""
+
 UNIT_BYTES = 40_000
 """C text per translation unit, roughly."""
 
@@ -113,17 +118,25 @@ PRINTERS: Mapping[type[Step], Callable[[Any, Isa], KernelCode]] = {
 
 @dataclass(frozen=True)
 class Module:
-    """Texts by path, the `weights` file's bytes in parts, and the steps' names in order."""
+    """Texts by path, the `weights` file's bytes in parts, and what is compiled: paths with the
+    flags that each has beside those of all. `variants` are its parts for one instruction set."""
 
     name: str
     sources: Mapping[str, str]
     weights: Sequence[bytes]
-    steps: tuple[str, ...]
+    units: Mapping[str, tuple[str, ...]]
+    variants: tuple[Variant, ...]
 
-    @property
-    def units(self) -> list[str]:
-        """Paths of what is compiled."""
-        return [path for path in self.sources if path.endswith(".c")]
+
+@dataclass(frozen=True)
+class Variant:
+    """Texts of `src` for one instruction set; `symbol` is its `struct variant` in C."""
+
+    isa: Isa
+    symbol: str
+    texts: Mapping[str, str]
+    step_names: tuple[str, ...]
+    ref_count: int
 
 
 class Blob:
@@ -156,16 +169,85 @@ class Blob:
 
 
 def print_module(
-    lowered: Lowered, isa: Isa, name: str = "net", *, embedded: bool = False,
+    variants: Sequence[tuple[Isa, Lowered]], name: str = "net", *, embedded: bool = False,
     symbols: Sequence[Symbol] = (),
 ) -> Module:  # fmt: skip
-    """Print every step; steps of equal text share a function. `symbols` are the sizes that are read
-    at run time.
+    """A library with code for each instruction set, best first, that picks one when it is used.
+    `symbols` are the sizes that are read at run time.
 
     Every symbol of more than one file begins with `name` and an underscore. With `embedded` the
     weights file becomes part of the library.
     """
     blob = Blob()
+    alone = len(variants) == 1
+    printed = tuple(
+        print_variant(
+            lowered, isa, blob, name if alone else f"{name}_{isa.name}",
+            "" if alone else f"{isa.name}_", symbols,
+        )
+        for isa, lowered in variants
+    )  # fmt: skip
+    weights, mark = blob.finish()
+    lowered = variants[0][1]
+    sized = size_texts(name, symbols, lowered, c_string)
+    sources = {
+        f"{name}.h": template(
+            "net.h.in", SIZES=sized.header, NAME=name, EMBEDDED=EMBEDDED_PATH if embedded else ""
+        ),
+        "src/variant.h": template("variant.h"),
+        "src/processor.h": template("processor.h"),
+    }
+    units: dict[str, tuple[str, ...]] = {}
+    for part in printed:
+        for file, text in part.texts.items():
+            sources[f"src/{file}"] = text
+            if file.endswith(".c"):
+                units[f"src/{file}"] = (f"-D{part.isa.macro}", *part.isa.flags)
+    if any(p.dtype in PACKED for p in (*lowered.inputs, *lowered.outputs)):
+        sources["src/scalar.h"] = template("scalar.h")
+    most_steps = max(len(part.step_names) for part in printed)
+    most_refs = max(1, *(part.ref_count for part in printed))
+    tables = "\n".join(
+        [
+            *([sized.tables] if symbols else []),
+            *(f"extern const struct variant {part.symbol};" for part in printed),
+            f"static const struct variant *const variants[] = {{"
+            f"{', '.join(f'&{part.symbol}' for part in printed)}}};",
+            f"enum {{ VARIANTS = {len(printed)} }};",
+            f"enum {{ STEPS = {most_steps}, REFS = {most_refs} }}; /* of the variant with most */",
+            f"enum {{ INPUTS = {len(lowered.inputs)}, OUTPUTS = {len(lowered.outputs)} }};",
+            f"#define WEIGHTS_SIZE {sum(map(len, weights))}",
+            f"static const unsigned char weights_id[] = {{{', '.join(map(str, mark))}}};",
+            _ports(name, "input", lowered.inputs),
+            _ports(name, "output", lowered.outputs),
+            *([f"extern const unsigned char {name}_embedded[];"] if embedded else []),
+            "",
+            "static int usable(int v) {",
+            *(f"  if (v == {v}) return {part.isa.condition};" for v, part in enumerate(printed)),
+            "  return 0;",
+            "}",
+        ]
+    )
+    created = EMBEDDED_CREATE.replace("@NAME@", name) if embedded else ""
+    sources["src/net.c"] = template(
+        "net.c.in", NAME=name, EMBEDDED=created, SIZE_FIELD=sized.field,
+        SIZE_PLACING=sized.placing, SIZE_POINTERS=sized.pointers, SIZE_FUNCTIONS=sized.functions,
+        TABLES=tables,
+    )  # fmt: skip
+    units["src/net.c"] = ()
+    if embedded:
+        sources["src/weights.c"] = template("weights.c.in", NAME=name)
+        units["src/weights.c"] = ()
+    return Module(name, sources, weights, units, printed)
+
+
+def print_variant(
+    lowered: Lowered, isa: Isa, blob: Blob, prefix: str, stem: str, symbols: Sequence[Symbol]
+) -> Variant:
+    """Print every step; steps of equal text share a function. Weights are added to `blob`.
+
+    C names begin with `prefix` and files with `stem`.
+    """
     names: dict[str, str] = {}
     tiles: set[tuple[str, int, int]] = set()
     refs: list[str] = []
@@ -176,66 +258,51 @@ def print_module(
     for step in lowered.steps:
         _check_types(step)
         code = _printed(step, isa)
-        kernel = names.setdefault(code.text, f"{name}_kernel_{len(names)}")
+        kernel = names.setdefault(code.text, f"{prefix}_kernel_{len(names)}")
         tiles |= code.tiles
         scratch = max(scratch, code.scratch_bytes)
         rows.append(f"{{{kernel}, {len(refs)}, {int(not code.parallel)}}}, /* {step.name} */")
         refs += [_ref(p, blob, ports, places) for p in code.pointers]
-    weights, mark = blob.finish()
-    sized = size_texts(name, symbols, lowered, c_string)
-    sources = {
-        f"{name}.h": template(
-            "net.h.in", SIZES=sized.header, NAME=name, EMBEDDED=EMBEDDED_PATH if embedded else ""
-        ),
-        "src/simd.h": template("simd.h"),
-        "src/kernels.h": _kernels_header(name, names, tiles, bool(symbols)),
+    kernels = f"{stem}kernels.h"
+    texts = {
+        "simd.h": template("simd.h"),
+        kernels: _kernels_header(prefix, names, tiles, bool(symbols)),
     }
-    if any(p.dtype in PACKED for p in (*lowered.inputs, *lowered.outputs)):
-        sources["src/scalar.h"] = template("scalar.h")
     for i, unit in enumerate(_units(names, tiles)):
-        headers = ["kernels.h", "simd.h"]
+        headers = [kernels, "simd.h"]
         if any(SCALAR_HELPERS.search(text) for text in unit):
             headers.append("scalar.h")
-            sources["src/scalar.h"] = template("scalar.h")
-        for stem, prefix in HELPERS.items():
-            if any(prefix in text for text in unit):
-                headers.append(f"{stem}.h")
-                sources[f"src/{stem}.h"] = template(f"{stem}.h")
-        if "weights.h" in headers:
-            sources["src/half.h"] = template("half.h")
-        included = "\n".join(f'#include "{header}"' for header in headers)
-        sources[f"src/kernels_{i}.c"] = "\n".join([f"{included}\n", *unit])
-    arena = -(-(lowered.arena_bytes + 2 * ALIGNMENT) // ALIGNMENT) * ALIGNMENT
-    scratch = -(-(scratch + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
-    tables = "\n".join(
-        [
-            *([sized.tables] if symbols else []),
-            f"enum {{ STEPS = {len(rows)}, REFS = {max(len(refs), 1)} }};",
-            f"enum {{ INPUTS = {len(lowered.inputs)}, OUTPUTS = {len(lowered.outputs)} }};",
-            f"#define ARENA_SIZE {arena}UL",
-            f"#define SCRATCH {scratch}UL",
-            f"#define WEIGHTS_SIZE {sum(map(len, weights))}",
-            f"static const unsigned char weights_id[] = {{{', '.join(map(str, mark))}}};",
-            f"static const struct ref refs[] = {{{', '.join(refs) or '{0, 0}'}}};",
-            "static const struct step steps[] = {",
-            *(f"  {row}" for row in rows),
-            "  {0, 0, 1},",
-            "};",
-            _string_list("step_names", [s.name for s in lowered.steps]),
-            _ports(name, "input", lowered.inputs),
-            _ports(name, "output", lowered.outputs),
-            *([f"extern const unsigned char {name}_embedded[];"] if embedded else []),
+        headers += [
+            f"{helper}.h"
+            for helper, prefix in HELPERS.items()
+            if any(prefix in text for text in unit)
         ]
-    )
-    created = EMBEDDED_CREATE.replace("@NAME@", name) if embedded else ""
-    sources["src/net.c"] = template(
-        "net.c.in", NAME=name, EMBEDDED=created, SIZE_FIELD=sized.field,
-        SIZE_PLACING=sized.placing, SIZE_POINTERS=sized.pointers, SIZE_FUNCTIONS=sized.functions,
-        TABLES=tables,
+        texts |= {header: template(header) for header in headers[1:]}
+        if "weights.h" in headers:
+            texts["half.h"] = template("half.h")
+        included = "\n".join(f'#include "{header}"' for header in headers)
+        texts[f"{stem}kernels_{i}.c"] = "\n".join([f"{included}\n", *unit])
+    tables = [
+        f"static const struct ref refs[] = {{{', '.join(refs) or '{0, 0}'}}};",
+        "static const struct step steps[] = {",
+        *(f"  {row}" for row in rows),
+        "  {0, 0, 1},",
+        "};",
+        _string_list("step_names", [s.name for s in lowered.steps]),
+    ]
+    variant = f"{prefix}_variant"
+    scaling = [symbols.index(symbol) for symbol in lowered.arena_scale]
+    texts[f"{stem}steps.c"] = template(
+        "steps.c.in", ISA=isa.name, SYMBOL=variant, KERNELS=kernels, STEPS=str(len(rows)),
+        REFS=str(len(refs)), ARENA=str(_aligned(lowered.arena_bytes + 2 * ALIGNMENT)),
+        SCRATCH=str(_aligned(scratch + ALIGNMENT)), TABLES="\n".join(tables),
+        SCALING=SCALING.format(", ".join(map(str, scaling)), len(scaling)) if scaling else "",
     )  # fmt: skip
-    if embedded:
-        sources["src/weights.c"] = template("weights.c.in", NAME=name)
-    return Module(name, sources, weights, tuple(s.name for s in lowered.steps))
+    return Variant(isa, variant, texts, tuple(s.name for s in lowered.steps), len(refs))
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def _printed(step: Step, isa: Isa) -> KernelCode:

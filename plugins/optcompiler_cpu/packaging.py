@@ -7,12 +7,11 @@ from pathlib import PurePath
 
 from optcompiler._version import __version__
 from optcompiler_cpu.code import template
-from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.module import Module
 from optcompiler_cpu.toolchain import FLAGS, LIBRARIES, LINKING, tuning
 
 
-def package(module: Module, isa: Isa) -> dict[str, str]:
+def package(module: Module) -> dict[str, str]:
     """Texts by path."""
     name = module.name
     small = "src/scalar.h" in module.sources
@@ -21,7 +20,8 @@ def package(module: Module, isa: Isa) -> dict[str, str]:
         "Makefile.in",
         NAME=name,
         OBJECTS=" ".join(f"{PurePath(unit).stem}.o" for unit in module.units),
-        FLAGS=shlex.join((*flags, f"-D{isa.macro}", *isa.flags)),
+        FLAGS=shlex.join(flags),
+        OWN_FLAGS=_own_flags(module),
         TUNING=shlex.join(tuning()),
         LINKING=shlex.join(LINKING),
         LIBRARIES=shlex.join(LIBRARIES),
@@ -34,3 +34,12 @@ def package(module: Module, isa: Isa) -> dict[str, str]:
             "verify.c.in", NAME=name, SMALL='#include "scalar.h"' if small else ""
         ),
     }
+
+
+def _own_flags(module: Module) -> str:
+    """Rules that add the flags of an instruction set to what is compiled for it."""
+    lines: list[str] = []
+    for flags in dict.fromkeys(filter(None, module.units.values())):
+        objects = (f"{PurePath(u).stem}.o" for u, own in module.units.items() if own == flags)
+        lines.append(f"$(addprefix $(BUILD)/,{' '.join(objects)}): FLAGS += {shlex.join(flags)}")
+    return "\n".join(lines)

@@ -68,16 +68,22 @@ def _check_ports(function: Any, said: Sequence[Mapping[str, Any]], library: str)
         )
 
 
+def _step_names(function: Any) -> tuple[str, ...]:
+    count = ctypes.c_int()
+    function.restype = ctypes.POINTER(ctypes.c_char_p)
+    names: Any = function(ctypes.byref(count))
+    return tuple(name.decode("utf-8", "surrogatepass") for name in names[: count.value])
+
+
 class CpuRunner(Runner):
     """One handle of the library `name` in `directory`. `ports` are the manifest's inputs and
     outputs, `sizes` what it says of sizes that are set before a run."""
 
     def __init__(
-        self, directory: Path, name: str, ports: Mapping[str, Any], steps: Sequence[str],
-        threads: int, sizes: Sequence[Mapping[str, Any]] = (),
+        self, directory: Path, name: str, ports: Mapping[str, Any], threads: int,
+        sizes: Sequence[Mapping[str, Any]] = (),
     ) -> None:  # fmt: skip
         library, weights = directory / f"lib{name}.so", directory / f"{name}.weights"
-        self._steps = tuple(steps)
         self._inputs = [str(p["name"]) for p in ports["inputs"]]
         self._outputs = [
             (tuple(int(d) for d in p["shape"]), np.dtype(NUMPY[p["dtype"]]))
@@ -104,11 +110,17 @@ class CpuRunner(Runner):
         self._destroy.argtypes = [ctypes.c_void_p]
         self._net: int | None = create(str(weights.resolve()).encode())
         if not self._net:
+            if wanted := os.environ.get(f"{name}_ISA"):
+                raise InputError(
+                    f"{library.name} has no code for {name}_ISA={wanted!r} that this machine runs, "
+                    f"or {weights.name} is missing; unset the variable, or save the artifact again."
+                )
             raise InputError(
                 f"{weights.name} is missing or belongs to another artifact; save it again."
             )
         if set_threads(self._net, threads):
             raise InputError(f"cannot start {threads} threads; give fewer.")
+        self._steps = _step_names(getattr(lib, f"{name}_steps"))
         self._sizes = [
             (str(s["name"]), [(str(n), int(axis)) for n, axis in s["axes"]]) for s in sizes
         ]

@@ -17,8 +17,10 @@ FIELD = "  long sizes[SIZE_COUNT];\n"
 
 POINTERS = """\
   for (int i = 0; i < SIZE_COUNT; ++i) net->sizes[i] = size_table[i].most;
-  for (int i = 0; i < REFS; ++i)
-    if (refs[i].where == SIZES) net->pointers[i] = (char *)&net->sizes[refs[i].offset];
+  for (int i = 0; i < variant->ref_count; ++i) {
+    const struct ref ref = variant->refs[i];
+    if (ref.where == SIZES) net->pointers[i] = (char *)&net->sizes[ref.offset];
+  }
   place(net);
 """
 
@@ -50,18 +52,16 @@ def size_texts(
             )
     rows = ", ".join(f"{{{quoted(s.name)}, {s.least}, {s.most}}}" for s in symbols)
     tables = [
-        f"enum {{ SIZES = -1, SIZE_COUNT = {len(symbols)} }};",
+        f"enum {{ SIZE_COUNT = {len(symbols)} }};",
         f"static const {name}_size size_table[] = {{{rows}}};\n",
     ]
-    places = [symbols.index(symbol) for symbol in lowered.arena_scale]
-    scale = " * ".join(f"net->sizes[{place}]" for place in places) or "1"
     lengths = [
         *_length(name, "input", lowered.inputs, symbols),
         *_length(name, "output", lowered.outputs, symbols),
     ]
     return SizeTexts(
         template("sizes.h.in", NAME=name), "\n".join(tables), FIELD,
-        template("sizes_place.c.in", NAME=name, SCALE=scale), POINTERS,
+        template("sizes_place.c.in", NAME=name), POINTERS,
         template("sizes.c.in", NAME=name) + "\n".join(lengths) + "\n",
     )  # fmt: skip
 

@@ -11,14 +11,14 @@ import os
 import platform
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from optcompiler.children import Children
 from optcompiler.errors import InputError, ToolchainError
 from optcompiler.files import no_room
-from optcompiler_cpu.isa import Isa
+from optcompiler_cpu.isa import ISAS, Isa, processor_of
 
 FLAGS = (
     "-std=c11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
@@ -80,28 +80,30 @@ def target_machine() -> str:
     return _asked((*compiler(), *user_flags("CFLAGS")), "-dumpmachine")
 
 
-def require_machine(isa: Isa) -> None:
-    """Raise `InputError` when the compiler is for a machine that never has `isa`."""
-    machine = target_machine()
-    if isa.flags and not machine.startswith(("x86_64", "amd64", "i")):
-        raise InputError(
-            f"target cpu: isa={isa.name} is of x86-64, but the C compiler makes code for "
-            f"{machine}; give isa=portable."
-        )
+def target_processor() -> str:
+    """The processor that the compiler compiles for, such as "x86_64"."""
+    return processor_of(target_machine().partition("-")[0])
+
+
+def require_machine(isas: Sequence[Isa]) -> None:
+    """Raise `InputError` when the compiler is for a machine that never has one of `isas`."""
+    processor = target_processor()
+    for isa in isas:
+        if isa.processor not in ("", processor):
+            others = [i.name for i in ISAS.values() if i.processor in ("", processor)]
+            raise InputError(
+                f"target cpu: isa={isa.name} is of {isa.processor}, but the C compiler makes code "
+                f"for {target_machine()}; give isa={' or '.join(others)}."
+            )
 
 
 def is_here(machine: str) -> bool:
     """Whether this machine's processor and system are those of the triple `machine`."""
     triple = machine.lower()
-    processor = triple.partition("-")[0]
-    here = platform.machine().lower()
-    if _PROCESSORS.get(processor, processor) != _PROCESSORS.get(here, here):
+    if processor_of(triple.partition("-")[0]) != processor_of(platform.machine()):
         return False
     musl = "musl" in triple
     return platform.system().lower() in triple and musl == (platform.libc_ver()[0] != "glibc")
-
-
-_PROCESSORS = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 @functools.cache
@@ -126,28 +128,27 @@ def archiver() -> list[str]:
 
 
 def build(
-    directory: Path, sources: Sequence[str], flags: Sequence[str], library: str,
-    archive: str | None = None,
-) -> str:  # fmt: skip
-    """Compile `sources` of `directory` and link them into `library` there, and put them into
-    `archive`; return the warnings.
+    directory: Path, units: Mapping[str, Sequence[str]], library: str, archive: str | None = None
+) -> str:
+    """Compile `units` of `directory`, each with its own flags, and link them into `library` there,
+    and put them into `archive`; return the warnings.
 
     The bytes depend on the sources, the flags and the compiler: commands name files relative to
     `directory`, objects carry no debug information and archives no dates.
     """
     command = compiler()
     own = user_flags("CFLAGS")
-    objects = [f"{Path(s).stem}.o" for s in sources]
+    objects = [f"{Path(unit).stem}.o" for unit in units]
 
     try:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool, Children() as children:
 
-            def compile_one(pair: tuple[str, str]) -> str:
-                source, target = pair
-                steps = [*command, *FLAGS, *tuning(), *flags, *own, "-c", source, "-o", target]
+            def compile_one(unit: str, target: str) -> str:
+                flags = units[unit]
+                steps = [*command, *FLAGS, *tuning(), *flags, *own, "-c", unit, "-o", target]
                 return _run(steps, directory, children)
 
-            warnings = list(pool.map(compile_one, zip(sources, objects, strict=True)))
+            warnings = list(pool.map(compile_one, units, objects))
             _run(
                 [*command, *own, *LINKING, f"-Wl,-soname,{Path(library).name}", "-o", library,
                  *objects, *user_flags("LDFLAGS"), *LIBRARIES],

@@ -14,13 +14,13 @@ import pytest
 
 import optcompiler as oc
 from optcompiler_cpu.backend import emit
-from optcompiler_cpu.isa import ISAS, pick_isa
+from optcompiler_cpu.isa import named_isas
 from optcompiler_cpu.packaging import package
 from tests.backends.test_cpu import FLOATS, program
 from tests.backends.test_cpu_integers import INTEGERS
 from tests.nets import NETS
 
-NATIVE = pick_isa({}).name
+NATIVE = named_isas("native")[0].name
 SANITIZERS = {"address,undefined": 1, "thread": 2}
 """Threads that run under each."""
 
@@ -95,9 +95,9 @@ def checked(
     if not works(sanitizer):
         pytest.skip(f"no -fsanitize={sanitizer} here")
     source, reference = compiled(net)
-    _, module = emit(source, ISAS[isa])
+    _, module = emit(source, named_isas(isa))
     (place / "code" / "src").mkdir(parents=True)
-    for path, text in {**module.sources, **package(module, ISAS[isa])}.items():
+    for path, text in {**module.sources, **package(module)}.items():
         (place / "code" / path).write_text(edit(text))
     (place / "code" / "net.weights").write_bytes(b"".join(module.weights))
     (place / "reference.bin").write_bytes(reference)
@@ -120,9 +120,21 @@ def test_nets_run_clean(net: str, isa: str, sanitizer: str, tmp_path: Path) -> N
     assert "values agree" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("picked", dict.fromkeys((NATIVE, "portable")))
+def test_a_library_of_several_runs_clean(
+    picked: str, sanitizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled("convolutions")
+    monkeypatch.setenv("net_ISA", picked)
+    done = checked("convolutions", f"{NATIVE}+portable", sanitizer, tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
 def test_an_arena_that_is_too_small_is_noticed(tmp_path: Path) -> None:
     def smaller(text: str) -> str:
-        return re.sub(r"(?<=#define ARENA_SIZE )\d+", "64", text)
+        return re.sub(r"(?<=\.arena_size = )\d+", "64", text)
 
     done = checked("convolutions", "portable", "address,undefined", tmp_path, smaller)
     assert done.returncode

@@ -157,7 +157,7 @@ def source(folder: Path) -> None:
 
 
 def build_library(folder: Path) -> None:
-    build(folder / "there", ["net.c"], (), "net.so")
+    build(folder / "there", {"net.c": ()}, "net.so")
 
 
 def library(folder: Path) -> str:

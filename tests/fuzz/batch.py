@@ -57,7 +57,7 @@ class Batch:
         statistics.compiled += 1
 
     def _prepare(self, program: Program) -> Prepared:
-        lowered, _ = emit(program, self.isa)
+        (lowered,), _ = emit(program, [self.isa])
         steps: list[tuple[str, list[Pointer]]] = []
         scratch = ALIGNMENT
         for step in lowered.steps:

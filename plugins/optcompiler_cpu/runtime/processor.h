@@ -1,0 +1,16 @@
+/* What the processor has and the system lets be used, by the names of the compiler's options. */
+#ifndef OC_PROCESSOR_H
+#define OC_PROCESSOR_H
+
+#if defined(__x86_64__)
+#define HAS(feature) __builtin_cpu_supports(feature)
+#endif
+
+#if defined(__x86_64__) && defined(__linux__)
+long syscall(long, ...);
+/* Linux lets a process use AMX's registers when it asks: arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA. */
+static inline int may_use_tiles(void) { return syscall(158, 0x1023, 18) == 0; }
+#else
+static inline int may_use_tiles(void) { return 0; }
+#endif
+#endif
