@@ -101,16 +101,16 @@ def judged_isa(options: Mapping[str, str]) -> Isa:
 class CpuBackend(Backend):
     """Writes C11 with GCC's intrinsics and compiles it with `CC`, `CFLAGS` and `LDFLAGS`.
 
-    Option `isa`: "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "portable", or
-    "native" (the default: the best that the compiler's machine has). Several joined by `+`, or
-    "multi" for what the processors of a kind have, make one library that picks when it is used.
-    Integer arithmetic gives the same numbers on each; bfloat16 is offered as a precision where it
-    has instructions. Option `weights`: "file" (the default: beside the library, mapped) or
+    Option `isa`: "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod",
+    "portable", or "native" (the default: the best that the compiler's machine has). Several joined
+    by `+`, or "multi" for what the processors of a kind have, make one library that picks when it
+    is used. Integer arithmetic gives the same numbers on each; bfloat16 is offered as a precision
+    where it has instructions. Option `weights`: "file" (the default: beside the library, mapped) or
     "embedded" (in the library). The target's `name` begins the names of files and symbols.
     """
 
     name = "cpu"
-    summary = "C source and libraries for x86-64, specialised on shapes and weights"
+    summary = "C source and libraries for x86-64 and AArch64, specialised on shapes and weights"
 
     def spelled_out(self, target: Target) -> Target:
         options = dict(checked_options(target))

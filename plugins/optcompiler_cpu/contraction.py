@@ -38,7 +38,8 @@ class Kind:
     of sums, how many elements of K lie side by side in a panel, and the type weights have there.
 
     The length of a `ragged` tile's runs counts elements and not steps: what is left over is
-    multiplied without reading on, since not every bit pattern times zero is zero.
+    multiplied without reading on, since not every bit pattern times zero is zero. A tile takes
+    `turn` off each activation that it reads.
     """
 
     item: str
@@ -48,12 +49,14 @@ class Kind:
     step: int
     dtype: np.dtype
     ragged: bool = False
+    turn: int = 0
 
 
 KINDS = {
     "f32": Kind("float", "float", "float", "vf", 1, np.dtype(np.float32)),
     "bf16": Kind("uint16_t", "uint16_t", "float", "vf", 2, np.dtype(bfloat16), ragged=True),
     "u8": Kind("uint8_t", "int8_t", "int32_t", "vi", 4, np.dtype(np.int8)),
+    "s8": Kind("uint8_t", "int8_t", "int32_t", "vi", 4, np.dtype(np.int8), turn=128),
     AMX: Kind("uint8_t", "int8_t", "int32_t", "vi", 4, np.dtype(np.int8)),
 }
 
@@ -219,7 +222,7 @@ def print_contraction(step: Conv | MatMul, isa: Isa, ending: Ending | None = Non
     blocks, panels, starts = _panels(matrices, shape, rows, isa, tiling)
     kind = KINDS[tiling.kind]
     pointers.data("w", panels, kind.weight)
-    pointers.data("init", _initial(step, matrices, blocks, isa), kind.total)
+    pointers.data("init", _initial(step, matrices, blocks, isa, kind), kind.total)
     if shape.integer:
         pointers.data("scale", scales(step, isa), "float")
     total, counting = total_tiles([b.tiles for b in blocks], rows)
@@ -353,7 +356,7 @@ def _panels(
 
 
 def _initial(
-    step: Conv | MatMul, matrices: list[np.ndarray], blocks: list[Block], isa: Isa
+    step: Conv | MatMul, matrices: list[np.ndarray], blocks: list[Block], isa: Isa, kind: Kind
 ) -> np.ndarray:
     """Where the accumulators start, per packed column: bias, less zero point times column sum."""
     integer = step.a.quantization is not None
@@ -368,7 +371,7 @@ def _initial(
             matrix = matrices[i // per_group]
             start = blocks[i - i % per_group].n
             sums = matrix.astype(np.int64).sum(axis=0)[block.n - start : block.stop - start]
-            part[:width] -= int(step.a.quantization.zero_point) * sums
+            part[:width] -= (int(step.a.quantization.zero_point) - kind.turn) * sums
         parts.append(part)
     return np.concatenate(parts).astype(np.int32 if integer else np.float32)
 
@@ -503,14 +506,14 @@ def tile_sums(kind: str, vectors: int, rows: int) -> list[str]:
     kept = "vf" if kind == "f32" else "vi"
     dot = {
         "f32": "vf_fma(x{r}, w{j}, c{r}_{j})", "u8": "vi_dot(c{r}_{j}, x{r}, w{j})",
-        "bf16": "vb_dot(c{r}_{j}, x{r}, w{j})",
+        "bf16": "vb_dot(c{r}_{j}, x{r}, w{j})", "s8": "vi_sdot(c{r}_{j}, w{j}, x{r}, {lane})",
     }[kind]  # fmt: skip
 
-    def products(broadcast: str) -> list[str]:
+    def products(broadcast: str, lane: int = 0) -> list[str]:
         lines = [f"const {kept} w{j} = {load.format(f'{j} * VL{scale}')};" for j in range(vectors)]
         for r in range(rows):
-            lines.append(broadcast.format(r=r))
-            lines += [f"c{r}_{j} = {dot.format(r=r, j=j)};" for j in range(vectors)]
+            lines += [broadcast.format(r=r)] if broadcast else []
+            lines += [f"c{r}_{j} = {dot.format(r=r, j=j, lane=lane)};" for j in range(vectors)]
         return [*lines, f"w += {vectors} * VL{scale};"]
 
     whole = (
@@ -528,6 +531,17 @@ def tile_sums(kind: str, vectors: int, rows: int) -> list[str]:
             "}",
             "if (i < start + length) {",
             *(f"  {line}" for line in products("const int32_t x{r} = a{r}[i];")),
+            "}",
+        ]
+    elif kind == "s8":
+        loop = [
+            "long i = start;",
+            "for (; i + 16 <= start + length * 4; i += 16) {",
+            *(f"  const int8x16_t x{r} = vi_turned(a{r} + i);" for r in range(rows)),
+            *(f"  {line}" for q in range(4) for line in ("{", *products("", q), "}")),
+            "}",
+            "for (; i < start + length * 4; i += 4) {",
+            *(f"  {line}" for line in products("const int8x16_t x{r} = vi_turned1(a{r} + i);")),
             "}",
         ]
     else:

@@ -146,7 +146,7 @@ def product_of(step: MatMul, isa: Isa, *, together: bool = False) -> Product:
     if integer:
         assert step.a.quantization is not None
         turn = 128 if step.b.view.dtype == "UINT8" else 0
-        zero = int(step.a.quantization.zero_point)
+        zero = int(step.a.quantization.zero_point) - kind.turn
         start = "int32_t *const start = (int32_t *)(void *)panels + k.init;"
         panel += f" + {4 * room} + k.w;"
         packing = (

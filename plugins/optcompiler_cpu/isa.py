@@ -37,7 +37,8 @@ class Isa:
 
     Heights leave registers for the vectors of weights and one broadcast: with 32 registers
     6 x 4 accumulators, with 16 registers 6 x 2; integers without VNNI, and bfloat16 without
-    products of its own, hold each vector of weights twice. AMX has eight registers of 16 x 16: two
+    products of its own, hold each vector of weights twice. NEON holds four steps of K of each row.
+    AMX has eight registers of 16 x 16: two
     by two accumulators, two of either operand.
 
     `needs` are features as Linux names them, of a `processor`; empty: any. `flags` are what the
@@ -62,6 +63,8 @@ class Isa:
     @property
     def condition(self) -> str:
         """In C, by `processor.h`: whether the processor has it and the system lets it be used."""
+        if self.processor == "aarch64":
+            return " && ".join(f"HAS({need.upper()})" for need in sorted(self.needs))
         features = [f[2:] for f in self.flags if f.startswith("-m") and "=" not in f]
         tests = [f'HAS("{feature}")' for feature in features]
         if "amx_tile" in self.needs:
@@ -137,6 +140,17 @@ ISAS = {
             frozenset({"avx2", "fma", "f16c"}),
         ),
         Isa(
+            "neon_dotprod",
+            "OC_NEON_DOTPROD",
+            ("-march=armv8.2-a+dotprod",),
+            4,
+            Tiling("f32", _OF_32),
+            Tiling("bf16", {3: 7, 2: 12, 1: 16}, step=2),
+            (Tiling("s8", {4: 5, 3: 7, 2: 9, 1: 14}, step=4),),
+            frozenset({"asimddp"}),
+            processor="aarch64",
+        ),
+        Isa(
             "portable",
             "OC_PORTABLE",
             (),
@@ -152,7 +166,10 @@ ISAS = {
 """By name, best first."""
 
 
-MULTI = {"x86_64": "avx512_vnni+avx_vnni+avx2+portable"}
+MULTI = {
+    "x86_64": "avx512_vnni+avx_vnni+avx2+portable",
+    "aarch64": "neon_dotprod+portable",
+}
 """What `isa=multi` stands for, by processor."""
 
 

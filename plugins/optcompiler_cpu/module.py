@@ -268,6 +268,8 @@ def print_variant(
         "simd.h": template("simd.h"),
         kernels: _kernels_header(prefix, names, tiles, bool(symbols)),
     }
+    if isa.processor == "aarch64":
+        texts["neon.h"] = template("neon.h")
     for i, unit in enumerate(_units(names, tiles)):
         headers = [kernels, "simd.h"]
         if any(SCALAR_HELPERS.search(text) for text in unit):

@@ -28,8 +28,9 @@ FLAGS = (
 
 TUNING = ("-O3", "-g0")
 
-GCC_TUNING = ("-fno-tree-coalesce-vars",)
-"""Or GCC copies and spills the accumulators of tiles that are followed by their epilogue."""
+GCC_TUNING = ("-fno-tree-coalesce-vars", "-fno-schedule-insns")
+"""Or GCC copies and spills the accumulators of tiles that are followed by their epilogue, and on
+AArch64 loads more at once than there are registers."""
 
 LINKING = (
     "-shared", "-Wl,-Bsymbolic-functions", "-Wl,--build-id=none", "-s",

@@ -88,7 +88,7 @@ INLINE void pack_bf16(uint16_t *panel, const uint16_t *b, long depth, int column
 }
 
 /* [depth / 4][width][4] signed bytes: those of b, or, where `turn` is 128, unsigned ones less 128.
-   `start` becomes `init` less `zero`, the other operand's zero point, times each column's sum. */
+   `start` becomes `init` less `zero`, the other operand's zero point as tiles have it, times each column's sum. */
 INLINE void pack_i8(int32_t *panel, int32_t *start, const int32_t *init, const void *b, long depth, int columns,
                     int width, long sk, long sn, int turn, int zero) {
   const uint32_t flip = (uint32_t)turn * 0x01010101u;
@@ -113,11 +113,13 @@ INLINE void pack_i8(int32_t *panel, int32_t *start, const int32_t *init, const v
     }
     for (; j < width; ++j) row[j] = 0;
   }
+  const uint32_t distance = (uint32_t)(zero < 0 ? -zero : zero) * 0x01010101u;
   for (int j = 0; j < width; j += VL) {
+    const vi from = vi_load(init + j);
     vi sum = vi_set(0);
     if (zero)
-      for (long s = 0; s < steps; ++s) sum = vi_dot(sum, zero * 0x01010101, vi_load(panel + s * width + j));
-    vi_store(start + j, vi_sub(vi_load(init + j), sum));
+      for (long s = 0; s < steps; ++s) sum = vi_dot(sum, (int32_t)distance, vi_load(panel + s * width + j));
+    vi_store(start + j, zero < 0 ? vi_add(from, sum) : vi_sub(from, sum));
   }
 }
 #endif

@@ -1,4 +1,4 @@
-/* Vectors of VL floats (vf), VL 32-bit integers (vi) and VL truth values (vm), for three kinds of
+/* Vectors of VL floats (vf), VL 32-bit integers (vi) and VL truth values (vm), for four kinds of
    machine.
    Names: type_operation; a trailing n takes only the first n lanes, a trailing s a stride. */
 #ifndef OC_SIMD_H
@@ -246,6 +246,9 @@ INLINE vi vi_dot(vi c, int32_t a4, vi w) {
 }
 #endif
 
+#elif defined(OC_NEON_DOTPROD)
+#include "neon.h"
+
 #else
 #define VL 4
 typedef float vf __attribute__((vector_size(16)));
@@ -346,6 +349,9 @@ INLINE void vi_weave(void *p, vi a, vi b, vi c, vi d, int count, int n) {
   for (int i = 0; i < n; ++i)
     for (int k = 0; k < count; ++k) *q++ = t[k][i];
 }
+#endif
+
+#if !defined(OC_AVX512_VNNI) && !defined(OC_NEON_DOTPROD)
 INLINE void oc_join(void *p, vi v, int zero, int low, int high) {
   vi_to8(p, vi_min(vi_max(vi_add(vi_max(v, vi_set(-1000)), vi_set(zero)), vi_set(low)), vi_set(high)));
 }
