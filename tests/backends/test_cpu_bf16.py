@@ -289,6 +289,5 @@ def test_a_target_without_instructions_does_not_offer_it() -> None:
     }
     assert offered == {
         "amx_int8": True, "avx512_bf16": True, "avx512_vnni": False, "avx_vnni": False,
-        "avx2": False,
-        "portable": False,
+        "avx2": False, "neon_dotprod": False, "portable": False,
     }  # fmt: skip
