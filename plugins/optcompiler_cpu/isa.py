@@ -84,6 +84,8 @@ _AVX512_NEEDS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx51
 _BF16 = ("-DOC_AVX512_VNNI", *_AVX512, "-mavx512bf16")
 _BF16_NEEDS = _AVX512_NEEDS | {"avx512_bf16"}
 _OF_32 = {4: 6, 3: 8, 2: 12, 1: 16}
+_PORTABLE = {4: 2, 3: 2, 2: 4, 1: 6}
+"""As many columns as AVX2 and NEON, so that a library has one copy of the weights for them all."""
 _VNNI = Tiling("u8", _OF_32, step=4)
 
 ISAS = {
@@ -155,9 +157,9 @@ ISAS = {
             "OC_PORTABLE",
             (),
             4,
-            Tiling("f32", {2: 4, 1: 6}),
+            Tiling("f32", _PORTABLE),
             Tiling("bf16", {2: 4, 1: 6}, step=2),
-            (Tiling("u8", {2: 4, 1: 6}, step=4),),
+            (Tiling("u8", _PORTABLE, step=4),),
             frozenset(),
             processor="",
         ),

@@ -145,6 +145,9 @@ def test_equal_weights_are_kept_once() -> None:
 
     assert size_of("avx_vnni+avx2") == size_of("avx2")
     assert size_of("avx2") < size_of("avx2+portable") < size_of("avx2") + size_of("portable")
+    source = program("(float[9, 40] x) => (float[9, 64] y) { y = MatMul(x, w) }", w=(40, 64))
+    assert size_of("avx2+portable") == size_of("avx2") < size_of("avx512_vnni+avx2")
+    assert size_of("neon_dotprod+portable") == size_of("portable")
 
 
 def test_prices_and_profiles_are_those_of_what_this_machine_picks() -> None:
