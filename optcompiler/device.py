@@ -106,7 +106,7 @@ def _facts(backend: Backend, target: Target) -> dict[str, Any]:
     flags = ""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next((line for line in lines if line.startswith("flags")), "")
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return {
         "format": FORMAT,
         "machine": machine_name(),
