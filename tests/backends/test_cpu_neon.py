@@ -14,11 +14,13 @@ import pytest
 import optcompiler as oc
 from optcompiler.errors import InputError
 from optcompiler_cpu import isa as processors
+from optcompiler_cpu import weight_bytes
 from optcompiler_cpu.backend import CpuBackend
 from optcompiler_cpu.isa import ISAS, named_isas, supported
 from optcompiler_cpu.runner import NUMPY
 from optcompiler_cpu.toolchain import LIBRARIES
 from tests.backends import test_cpu_bf16 as bf16
+from tests.backends import test_cpu_weight_bytes as nibbles
 from tests.backends.test_cpu import FLOATS, compiled, program
 from tests.backends.test_cpu_integers import INTEGERS
 from tests.support import assert_close, random_inputs, run_onnx
@@ -177,6 +179,32 @@ def test_functions_agree_where_numbers_are_not_finite(tmp_path: Path) -> None:
     there = emulated(source, tmp_path / "neon", "neon_dotprod", {"x": x})
     for a, b in zip(here, there, strict=True):
         np.testing.assert_allclose(b, a, rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+@SLOW
+@needs_tools
+def test_products_with_nibbles_are_those_of_every_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_bytes, "MANY_WEIGHTS", 1)
+    source = nibbles.joined(nibbles.CASES)
+    inputs = nibbles.inputs_of(source)
+    here = compiled(source, tmp_path / "here", "portable", inputs)
+    there = emulated(source, tmp_path / "neon", "neon_dotprod", inputs)
+    for name, a, b in zip(nibbles.CASES, here, there, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@SLOW
+@needs_tools
+def test_half_floats_are_rounded_as_everywhere(tmp_path: Path) -> None:
+    source = program("(float[67] x) => (float16[67] y) { y = Cast<to = 10>(x) }")
+    rng = np.random.default_rng(2)
+    x = (rng.standard_normal(67) * 2.0 ** rng.integers(-26, 18, 67)).astype(np.float32)
+    x[:4] = 65520, 2**-25, 1 + 2**-11, np.inf
+    [got] = emulated(source, tmp_path / "neon", "neon_dotprod", {"x": x})
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(got, x.astype(np.float16))
 
 
 @SLOW

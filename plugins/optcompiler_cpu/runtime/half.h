@@ -16,6 +16,10 @@ INLINE vf vh_round(vf v) { return _mm512_cvtph_ps(OC_TO_HALF(v)); }
 INLINE vf vh_load(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE void vh_store(uint16_t *p, vf v) { _mm_storeu_si128((__m128i *)p, OC_TO_HALF(v)); }
 INLINE vf vh_round(vf v) { return _mm256_cvtph_ps(OC_TO_HALF(v)); }
+#elif defined(OC_NEON_DOTPROD)
+INLINE vf vh_load(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+INLINE void vh_store(uint16_t *p, vf v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+INLINE vf vh_round(vf v) { return vcvt_f32_f16(vcvt_f16_f32(v)); }
 #else
 /* the exponent moves by 112; those at the ends, infinite and subnormal ones, by arithmetic */
 INLINE vf vh_widen(vi bits) {
