@@ -194,7 +194,9 @@ def print_module(
         f"{name}.h": template(
             "net.h.in", SIZES=sized.header, NAME=name, EMBEDDED=EMBEDDED_PATH if embedded else ""
         ),
-        "src/variant.h": template("variant.h"),
+        "src/variant.h": template(
+            "variant.h.in", SIZE_PLACE=sized.place, SIZE_SCALING=sized.scaling
+        ),
         "src/processor.h": template("processor.h"),
     }
     units: dict[str, tuple[str, ...]] = {}

@@ -13,6 +13,16 @@ from optcompiler.lowering.extents import Symbol, is_run_time
 from optcompiler.lowering.ir import Lowered, PortBuffer
 from optcompiler_cpu.code import template
 
+PLACE = """\
+/* Or to a size that is read at run time, by its number. */
+enum { SIZES = -1 };
+"""
+
+SCALING = """\
+  const int *arena_scaling; /* sizes by whose product places in the arena are multiplied */
+  int scaling_count;
+"""
+
 FIELD = "  long sizes[SIZE_COUNT];\n"
 
 POINTERS = """\
@@ -27,9 +37,11 @@ POINTERS = """\
 
 @dataclass(frozen=True)
 class SizeTexts:
-    """Pieces of `net.h` and `net.c`; all are empty where there are no such sizes."""
+    """Pieces of `net.h`, `variant.h` and `net.c`; all are empty where there are no such sizes."""
 
     header: str = ""
+    place: str = ""
+    scaling: str = ""
     tables: str = ""
     field: str = ""
     placing: str = ""
@@ -60,7 +72,7 @@ def size_texts(
         *_length(name, "output", lowered.outputs, symbols),
     ]
     return SizeTexts(
-        template("sizes.h.in", NAME=name), "\n".join(tables), FIELD,
+        template("sizes.h.in", NAME=name), PLACE, SCALING, "\n".join(tables), FIELD,
         template("sizes_place.c.in", NAME=name), POINTERS,
         template("sizes.c.in", NAME=name) + "\n".join(lengths) + "\n",
     )  # fmt: skip

@@ -201,6 +201,18 @@ def test_compile_takes_bounds_and_refuses_other_sizes() -> None:
         runner.close()
 
 
+def test_a_library_of_several_instruction_sets_has_sizes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isas = dict.fromkeys((HERE[0], "portable"))
+    library = Library.of(CONVOLUTIONS, tmp_path, BATCH, isa="+".join(isas))
+    for isa in isas:
+        monkeypatch.setenv("net_ISA", isa)
+        for n in (9, 2):
+            inputs = random_inputs(CONVOLUTIONS, seed=n, dynamic=n)
+            assert_close(library.run(inputs), run_onnx(CONVOLUTIONS, inputs), 1e-5)
+
+
 def test_a_step_without_such_a_form_names_its_node() -> None:
     source = program(
         "(float[1, 8, tokens] x) => (float[1, 8, out] y) "
@@ -208,11 +220,11 @@ def test_a_step_without_such_a_form_names_its_node() -> None:
         w=(8, 8, 3),
     )  # fmt: skip
     with pytest.raises(UnsupportedOperatorError, match="conv"):
-        emit(source, ISAS["portable"], bounds={"tokens": (4, 32)})
+        emit(source, [ISAS["portable"]], bounds={"tokens": (4, 32)})
 
 
 def test_a_library_of_one_size_has_none_of_it() -> None:
-    _, module = emit(bind(CONVOLUTIONS, {"batch": 2}), ISAS["portable"])
+    _, module = emit(bind(CONVOLUTIONS, {"batch": 2}), [ISAS["portable"]])
     text = "".join(module.sources.values())
     assert not any(word in text for word in ("set_size", "SIZES", "oc_even", "n_batch"))
 
@@ -225,7 +237,7 @@ def test_symbols_that_c_spells_alike_are_refused() -> None:
         }"""
     )
     with pytest.raises(InputError, match="both spelled n_a_b"):
-        emit(source, ISAS["portable"], bounds={"a b": (1, 2), "a_b": (1, 2)})
+        emit(source, [ISAS["portable"]], bounds={"a b": (1, 2), "a_b": (1, 2)})
 
 
 def test_the_kernel_is_chosen_by_the_size(tmp_path: Path) -> None:
@@ -235,7 +247,7 @@ def test_the_kernel_is_chosen_by_the_size(tmp_path: Path) -> None:
         "{ y = Conv<pads = [1, 1, 1, 1]>(x, w) }",
         w=(256, 256, 3, 3),
     )  # fmt: skip
-    _, module = emit(source, ISAS["avx512_vnni"], bounds={"batch": (1, 12)})
+    _, module = emit(source, [ISAS["avx512_vnni"]], bounds={"batch": (1, 12)})
     text = "".join(module.sources.values())
     assert re.search(r"if \(\(4 \* n_batch\) >= \d+\) net_kernel_\d_many", text)
     sized = Library.of(source, tmp_path, {"batch": (1, 12)})
@@ -263,10 +275,10 @@ def test_compressed_weights(isa: str, tmp_path: Path) -> None:
 
 
 def test_small_sizes_lie_densely() -> None:
-    lowered, _ = emit(CONVOLUTIONS, ISAS["portable"], bounds=BATCH)
+    (lowered,), _ = emit(CONVOLUTIONS, [ISAS["portable"]], bounds=BATCH)
     assert [s.name for s in lowered.arena_scale] == ["batch"]
-    large, _ = emit(bind(CONVOLUTIONS, {"batch": 9}), ISAS["portable"])
-    small, _ = emit(bind(CONVOLUTIONS, {"batch": 1}), ISAS["portable"])
+    (large,), _ = emit(bind(CONVOLUTIONS, {"batch": 9}), [ISAS["portable"]])
+    (small,), _ = emit(bind(CONVOLUTIONS, {"batch": 1}), [ISAS["portable"]])
     assert lowered.arena_bytes <= 1.1 * large.arena_bytes
     assert lowered.arena_bytes // 9 <= 1.1 * small.arena_bytes
     assert large.arena_scale == ()
