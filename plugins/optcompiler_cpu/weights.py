@@ -317,7 +317,7 @@ def few_rows(isa: Isa) -> int:
 def register_tile(rows: int, scaled: bool, isa: Isa) -> tuple[int, int]:
     """(rows, vectors) of a tile for so many rows. A sum that is scaled takes two registers."""
     if isa.lanes != 16:
-        return rows, {1: 4, 2: 2, 3: 1, 4: 1}[rows]
+        return rows, {1: 4, 2: isa.floats.widest, 3: 1, 4: 1}[rows]
     height = height_for(rows, 1, Tiling("registers", {1: 12}))
     return height, 4 if height <= 2 else 2 if height <= 4 or not scaled else 1
 
