@@ -12,6 +12,7 @@ from typing import Any
 from optcompiler.backend import Backend, Capabilities, Kernel, Runner
 from optcompiler.choices import Choices
 from optcompiler.cost import DeviceProfile, nominal_profile
+from optcompiler.device import machine_name
 from optcompiler.errors import InputError
 from optcompiler.lowering import Bounds, kernel_of, lower, lower_sized, plan
 from optcompiler.lowering.extents import Symbol
@@ -25,6 +26,7 @@ from optcompiler_cpu.module import Module, describe, print_module
 from optcompiler_cpu.naming import DEFAULT, checked_name, library_name
 from optcompiler_cpu.packaging import package
 from optcompiler_cpu.runner import CpuRunner
+from optcompiler_cpu.search import searched
 from optcompiler_cpu.toolchain import (
     build,
     compiler,
@@ -42,8 +44,8 @@ _lowered = functools.partial(
 )
 """Lowering for the kernels there are here."""
 
-OPTIONS = ("isa", "weights")
-WEIGHTS = ("file", "embedded")
+OPTIONS = ("isa", "weights", "search")
+VALUES = {"weights": ("file", "embedded"), "search": ("none", "kernels")}
 
 
 def emit(
@@ -77,9 +79,9 @@ def checked_options(target: Target) -> Mapping[str, str]:
             raise InputError(
                 f"target cpu: unknown option {option!r}; it knows name, {', '.join(OPTIONS)}."
             )
-        if option == "weights" and value not in WEIGHTS:
+        if value not in VALUES.get(option, (value,)):
             raise InputError(
-                f"target cpu: weights={value!r} is not known; give {', '.join(WEIGHTS)}."
+                f"target cpu: {option}={value!r} is not known; give {', '.join(VALUES[option])}."
             )
     chosen_isas(target.options)
     return target.options
@@ -106,7 +108,9 @@ class CpuBackend(Backend):
     by `+`, or "multi" for what the processors of a kind have, make one library that picks when it
     is used. Integer arithmetic gives the same numbers on each; bfloat16 is offered as a precision
     where it has instructions. Option `weights`: "file" (the default: beside the library, mapped) or
-    "embedded" (in the library). The target's `name` begins the names of files and symbols.
+    "embedded" (in the library). Option `search`: "none" (the default: rules choose among kernels)
+    or "kernels" (others are measured as well). The target's `name` begins the names of files and
+    symbols.
     """
 
     name = "cpu"
@@ -130,6 +134,7 @@ class CpuBackend(Backend):
 
     def profiled_as(self, target: Target) -> Target:
         options = {**target.options, "isa": judged_isa(target.options).name}
+        options.pop("search", None)
         return Target(
             "cpu", threads=target.threads, sizes=target.all_sizes, name=target.name, **options
         )
@@ -163,10 +168,20 @@ class CpuBackend(Backend):
         self, program: Program, target: Target, directory: Path, choices: Choices | None = None
     ) -> Mapping[str, Any]:
         options = checked_options(target)
-        isas, name = chosen_isas(options), checked_name(target.name)
+        isas = chosen_isas(options)
         compiler()
         require_machine(isas)
-        embedded = options.get("weights") == "embedded"
+        rows: list[dict[str, Any]] = []
+        if options.get("search") == "kernels" and choices is not None and not target.bounds:
+            isas, rows = self._searched(program, target, isas, choices)
+        info = self._write(program, target, isas, directory)
+        return {**info, "search": rows} if rows else info
+
+    def _write(
+        self, program: Program, target: Target, isas: Sequence[Isa], directory: Path
+    ) -> Mapping[str, Any]:
+        name = checked_name(target.name)
+        embedded = target.options.get("weights") == "embedded"
         forms, module = emit(program, isas, name, embedded=embedded, bounds=target.bounds)
         (directory / "src").mkdir()
         for path, text in (*module.sources.items(), *package(module).items()):
@@ -183,6 +198,27 @@ class CpuBackend(Backend):
             "ports": describe(forms[0]),
             **({"sizes": sizes} if (sizes := _sizes(program, target.bounds)) else {}),
         }
+
+    def _searched(
+        self, program: Program, target: Target, isas: Sequence[Isa], choices: Choices
+    ) -> tuple[Sequence[Isa], list[dict[str, Any]]]:
+        """`isas`, of which that of this machine has its kernels measured."""
+        here = judged_isa(target.options)
+        if not self.runs_here(target) and not choices.locked:
+            raise InputError(
+                f"target {target}: search=kernels measures on the machine that compiles, and "
+                f"{here.name} does not run here; give the lock of a compile where it does."
+            )
+
+        def make(isa: Isa, place: Path) -> Runner:
+            info = self._write(program, target, (isa,), place)
+            return self.load(place, info, threads=target.threads)
+
+        lowered = _lowered(program)
+        legalize(lowered, here)
+        machine = {"name": machine_name(), "threads": target.threads, "versions": versions()}
+        best, rows = searched(lowered, here, make, machine, choices)
+        return [best if isa.name == here.name else isa for isa in isas], rows
 
     def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
         if not is_here(str(info["machine"])):

@@ -7,7 +7,7 @@ import functools
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from optcompiler.errors import InputError
@@ -42,7 +42,7 @@ class Isa:
     by two accumulators, two of either operand.
 
     `needs` are features as Linux names them, of a `processor`; empty: any. `flags` are what the
-    compiler is told.
+    compiler is told. `chosen` names, by step, the kernels to print in place of those of the rules.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Isa:
     integers: tuple[Tiling, ...]
     needs: frozenset[str]
     processor: str = "x86_64"
+    chosen: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def multiplies_bf16(self) -> bool:

@@ -33,19 +33,25 @@ MOST_EXPRESSIONS = 16
 """Sub-expressions of an epilogue that is printed for every vector of a tile."""
 
 
-def is_short(step: Conv | MatMul, isa: Isa) -> bool:
-    """Whether the step is such a contraction, of whole vectors of columns."""
+def can_be_short(step: Conv | MatMul, isa: Isa) -> bool:
+    """Whether tiles of the step can store their sums themselves: they have whole vectors."""
     if isinstance(step, MatMul) and not prepared(step):
         return False
     shape = conv_shape(step) if isinstance(step, Conv) else matmul_shape(step)
-    tiling = isa.tiling(shape.dtype, product(shape.dims))
-    steps = shape.outer * shape.inner * -(-shape.length // tiling.step)
     return (
-        tiling.kind != AMX
-        and steps <= MOST_STEPS
+        isa.tiling(shape.dtype, product(shape.dims)).kind != AMX
         and shape.n % isa.lanes == 0
         and sum(1 for _ in walk(step.epilogue)) <= MOST_EXPRESSIONS
     )
+
+
+def is_short(step: Conv | MatMul, isa: Isa) -> bool:
+    """Whether the step is a contraction over a short K, of whole vectors of columns."""
+    if not can_be_short(step, isa):
+        return False
+    shape = conv_shape(step) if isinstance(step, Conv) else matmul_shape(step)
+    tiling = isa.tiling(shape.dtype, product(shape.dims))
+    return shape.outer * shape.inner * -(-shape.length // tiling.step) <= MOST_STEPS
 
 
 def print_short(step: Conv | MatMul, isa: Isa) -> KernelCode:

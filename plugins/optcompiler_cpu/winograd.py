@@ -76,10 +76,10 @@ def multiplications(step: Conv) -> int:
     return 36 * product(tile_counts(step)) * oc * c
 
 
-def is_winograd(step: Conv, isa: Isa) -> bool:
-    """Whether the step can be computed so, and is estimated to be faster."""
+def can_be_winograd(step: Conv, isa: Isa) -> bool:
+    """Whether the step can be computed so."""
     _, c, kh, kw = step.b.view.shape
-    fits = (
+    return (
         step.a.quantization is None
         and (kh, kw) == (3, 3)
         and step.strides == (1, 1)
@@ -89,7 +89,11 @@ def is_winograd(step: Conv, isa: Isa) -> bool:
         and step.a.view.strides[1] in (0, 1)
         and step.a.view.dtype == step.b.view.dtype == "FLOAT"
     )
-    return fits and _pays(step, isa, largest(product(tile_counts(step))))
+
+
+def is_winograd(step: Conv, isa: Isa) -> bool:
+    """Whether the step can be computed so, and is estimated to be faster."""
+    return can_be_winograd(step, isa) and _pays(step, isa, largest(product(tile_counts(step))))
 
 
 def least_tiles(step: Conv, isa: Isa) -> int:
@@ -109,13 +113,18 @@ def _pays(step: Conv, isa: Isa, tiles: int) -> bool:
     oc, c = step.b.view.shape[:2]
     _, down, across = map(largest, tile_counts(step))
     _, _, oh, ow = map(largest, step.out.shape)
-    a_cycle = 2 * isa.lanes
-    direct = tiles // (down * across) * oc * oh * ow * 9 * c / a_cycle
+    direct = tiles // (down * across) * oc * oh * ow * 9 * c / (2 * isa.lanes)
+    return cycles(step, isa, tiles) < WORTH * direct
+
+
+def cycles(step: Conv, isa: Isa, tiles: int) -> float:
+    """An estimate of what so many tiles take."""
+    oc, c = step.b.view.shape[:2]
     blocks = -(-tiles // block_of_tiles(step, isa))
-    products = PRODUCTS * 36 * tiles * oc * c / a_cycle
+    products = PRODUCTS * 36 * tiles * oc * c / (2 * isa.lanes)
     transforms = tiles * (c + oc) / isa.lanes * OVERHEAD / 2
     streaming = blocks * 36 * c * oc * 4 / STREAM_BYTES
-    return max(products, streaming) + transforms < WORTH * direct
+    return max(products, streaming) + transforms
 
 
 def _weights(step: Conv, blocks: list[tuple[int, int]], isa: Isa) -> np.ndarray:
