@@ -51,7 +51,7 @@ from optcompiler_cpu.rows import (
 from optcompiler_cpu.scalars import C_TYPES, PACKED
 from optcompiler_cpu.short import is_short, print_short
 from optcompiler_cpu.sizes import size_texts
-from optcompiler_cpu.variants import print_variant
+from optcompiler_cpu.variants import print_other
 from optcompiler_cpu.weight_bytes import is_nibble_product, print_weight_bytes
 from optcompiler_cpu.weights import is_compressed, print_weights
 from optcompiler_cpu.winograd import is_winograd, least_tiles, print_winograd, tile_counts
@@ -87,7 +87,7 @@ UNIT_BYTES = 40_000
 
 def _contraction(step: Conv | MatMul, isa: Isa) -> KernelCode:
     if step.name in isa.chosen:
-        return print_variant(step, isa, isa.chosen[step.name])
+        return print_other(step, isa, isa.chosen[step.name])
     if isinstance(step, Conv) and is_direct(step):
         return (
             print_depthwise_bytes(step, isa) if is_bytes(step, isa) else print_depthwise(step, isa)

@@ -26,7 +26,7 @@ from optcompiler.errors import CacheWarning, OptcompilerError
 from optcompiler.lowering.ir import Lowered, Step
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.runner import NUMPY
-from optcompiler_cpu.variants import print_variant, variants_of
+from optcompiler_cpu.variants import print_other, variants_of
 
 TRIED = 4
 """Kernels of one step that are measured."""
@@ -92,7 +92,7 @@ def _text_of(step: Step, isa: Isa, names: Sequence[str]) -> str:
     """What decides how long the kernels take: their text, and how much they read."""
     digest = hashlib.sha256()
     for name in names:
-        code = print_variant(step, isa, name)  # type: ignore[arg-type]
+        code = print_other(step, isa, name)  # type: ignore[arg-type]
         digest.update(f"{name}\n{code.text}\n".encode())
         digest.update(repr([p.data.shape for p in code.pointers if p.data is not None]).encode())
     return digest.hexdigest()

@@ -68,7 +68,7 @@ def variants_of(step: Step, isa: Isa) -> list[str]:
     return [first, *others] if others else []
 
 
-def print_variant(step: Conv | MatMul, isa: Isa, name: str) -> KernelCode:
+def print_other(step: Conv | MatMul, isa: Isa, name: str) -> KernelCode:
     method, width = name.split()
     return PRINTERS[method](step, narrowed(isa, int(width)))
 

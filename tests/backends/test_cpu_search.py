@@ -17,7 +17,7 @@ from optcompiler.lowering.ir import Lowered
 from optcompiler_cpu.backend import CpuBackend, emit
 from optcompiler_cpu.isa import ISAS, Isa
 from optcompiler_cpu.search import TRIED, searched
-from optcompiler_cpu.variants import print_variant, variants_of
+from optcompiler_cpu.variants import print_other, variants_of
 from tests.backends.test_cpu import HERE, program
 from tests.backends.test_cpu_integers import INTEGERS
 from tests.support import assert_close, random_inputs, run_onnx
@@ -136,7 +136,7 @@ def test_equal_kernels_are_judged_together(isa: Isa) -> None:
     texts: dict[str, list[str]] = {}
     for step in lowered.steps:
         if step.name in options:
-            text = print_variant(step, isa, options[step.name][0]).text  # type: ignore[arg-type]
+            text = print_other(step, isa, options[step.name][0]).text  # type: ignore[arg-type]
             texts.setdefault(text, []).append(step.name)
     one, other = next(names for names in texts.values() if len(names) == 2)
     best = options[one][1]
