@@ -82,7 +82,7 @@ class Pointers:
 
     def declarations(self, lines: Sequence[str]) -> list[str]:
         """Statements that name the entries of the pointer table `q` which `lines` mention."""
-        words = set(re.findall(r"\w+", "\n".join(lines)))
+        words = set(re.findall(r"(?<![.\w])\w+", "\n".join(lines)))  # no members of structs
         declared = declared_sizes(lines, self.finish())
         for i, pointer in enumerate(self.items):
             if pointer.name in words and not pointer.is_size:
