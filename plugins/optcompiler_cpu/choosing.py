@@ -19,6 +19,7 @@ def from_on(number: int, least: int, many: KernelCode, few: KernelCode) -> Kerne
         "\n".join([*parts, f"{HEADER} {{\n{indent(body)}\n}}\n"]),
         pointers,
         parallel=many.parallel or few.parallel,
+        pieces=min(many.pieces, few.pieces),
         scratch_bytes=max(many.scratch_bytes, few.scratch_bytes),
         tiles=many.tiles | few.tiles,
     )

@@ -41,12 +41,14 @@ class KernelCode:
 
     `text` says `@` for the function's name, so that steps of equal text share one function.
     `tiles` are the shared tiles it calls, (kind, vectors, rows). `scratch_bytes` is per thread.
-    `parallel` says whether the work is divided by `part` of `parts`.
+    `parallel` says whether the work is divided by `part` of `parts`, of which each thread has
+    `pieces`: others take those that it does not come to.
     """
 
     text: str
     pointers: list[Pointer]
     parallel: bool = True
+    pieces: int = 4
     scratch_bytes: int = 0
     tiles: frozenset[tuple[str, int, int]] = field(default_factory=frozenset[tuple[str, int, int]])
 

@@ -266,7 +266,9 @@ def print_variant(
         kernel = names.setdefault(code.text, f"{prefix}_kernel_{len(names)}")
         tiles |= code.tiles
         scratch = max(scratch, code.scratch_bytes)
-        rows.append(f"{{{kernel}, {len(refs)}, {int(not code.parallel)}}}, /* {step.name} */")
+        rows.append(
+            f"{{{kernel}, {len(refs)}, {code.pieces if code.parallel else 0}}}, /* {step.name} */"
+        )
         refs += [_ref(p, blob, ports, places) for p in code.pointers]
     kernels = f"{stem}kernels.h"
     texts = {
@@ -293,7 +295,7 @@ def print_variant(
         f"static const struct ref refs[] = {{{', '.join(refs) or '{0, 0}'}}};",
         "static const struct step steps[] = {",
         *(f"  {row}" for row in rows),
-        "  {0, 0, 1},",
+        "  {0, 0, 0},",
         "};",
         _string_list("step_names", [s.name for s in lowered.steps]),
     ]

@@ -46,6 +46,9 @@ products that pass through memory."""
 STREAM_BYTES = 16
 """Bytes of weights that come from beyond the second-level cache in one cycle."""
 
+MANY_BLOCKS = 16
+"""Every piece transforms the input of its blocks; with fewer blocks than this a thread has one."""
+
 WORTH = 0.85
 """Winograd is taken where its estimate is below this share of the direct kernel's."""
 
@@ -267,4 +270,7 @@ def print_winograd(step: Conv, isa: Isa) -> KernelCode:
         f"{indent(reading)}\n}}\n\n{epilogue}\n{HEADER} {{\n{indent(body)}\n}}\n"
     )
     scratch = 36 * block * (c + widest) * 4
-    return KernelCode(text, pointers.finish(), scratch_bytes=scratch, tiles=frozenset(tiles))
+    pieces = KernelCode.pieces if largest(groups) >= MANY_BLOCKS else 1
+    return KernelCode(
+        text, pointers.finish(), pieces=pieces, scratch_bytes=scratch, tiles=frozenset(tiles)
+    )
