@@ -14,6 +14,7 @@ from optcompiler.backend import Runner
 from optcompiler.choices import Choices
 from optcompiler.errors import CacheWarning, InputError, ToolchainError
 from optcompiler.lowering.ir import Lowered
+from optcompiler_cpu import search
 from optcompiler_cpu.backend import CpuBackend, emit
 from optcompiler_cpu.isa import ISAS, Isa
 from optcompiler_cpu.search import TRIED, searched
@@ -165,6 +166,49 @@ def test_a_lock_answers_and_without_clocks_nothing_is_measured(isa: Isa) -> None
         replayed, again = searched(lowered, isa, make, {"name": "elsewhere"}, known)
         assert (replayed.chosen, again) == ((chosen.chosen, rows) if known.locked else ({}, []))
     assert len(make.made) == count
+
+
+def test_what_was_quick_by_chance_is_not_kept(isa: Isa) -> None:
+    lowered, options = floats(isa)
+    best = options[next(iter(options))][1]
+
+    class Chance(Maker):
+        def __call__(self, isa: Isa, place: Path) -> Runner:
+            self.times = {best: 5.0} if len(self.made) < TRIED else {}
+            return super().__call__(isa, place)
+
+    make = Chance(list(options), {})
+    assert searched(lowered, isa, make, MACHINE, Choices())[0].chosen == {}
+    assert len(make.made) == TRIED + 2
+
+
+def test_a_search_that_was_interrupted_goes_on(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered, options = floats(isa)
+    monkeypatch.setattr(search, "AT_ONCE", 1)
+
+    class Interrupted(Maker):
+        def __call__(self, isa: Isa, place: Path) -> Runner:
+            if len(self.made) > TRIED:
+                raise KeyboardInterrupt
+            return super().__call__(isa, place)
+
+    with pytest.raises(KeyboardInterrupt):
+        searched(lowered, isa, Interrupted(list(options), {}), MACHINE, Choices())
+    again, whole = Maker(list(options), {}), Maker(list(options), {})
+    searched(lowered, isa, again, MACHINE, Choices())
+    searched(lowered, isa, whole, {"name": "other"}, Choices())
+    assert 0 < len(again.made) < len(whole.made)
+
+
+def test_kernels_that_failed_are_tried_again(isa: Isa) -> None:
+    lowered, options = floats(isa)
+    make = Maker(list(options), {names[1]: 1.0 for names in options.values()})
+    make.broken = {1}
+    with pytest.warns(CacheWarning):
+        searched(lowered, isa, make, MACHINE, Choices())
+    whole = Maker(list(options), make.times)
+    chosen = searched(lowered, isa, whole, MACHINE, Choices())[0].chosen
+    assert set(chosen) == set(options)
 
 
 @pytest.mark.parametrize("fault", ["other numbers", "no room"])
