@@ -294,8 +294,7 @@ def print_reduction(step: Reduction, isa: Isa) -> KernelCode:
     count_all = product(tuple(step.space[a] for a in step.axes))
     start = STARTS[step.op] if "INF" in STARTS[step.op] else f"{STARTS[step.op]}.0f"
     place = placer(pointers, full, lane)
-    share = f"1.0f / {real(count_all)}" if is_run_time(count_all) else f"{(1 / count_all).hex()}f"
-    factor = f"vf_mul({{}}, vf_set({share}))" if step.op == "mean" else "{}"
+    factor = f"vf_mul({{}}, vf_set({_share(count_all)}))" if step.op == "mean" else "{}"
 
     def fold(count: str | None) -> list[str]:
         printer = VectorPrinter(pointers.params, place, "", count)
@@ -337,6 +336,13 @@ def print_reduction(step: Reduction, isa: Isa) -> KernelCode:
     if lane not in step.axes:
         lines = [*(f"const long i{d} = 0; (void)i{d};" for d in reduced), *lines]
     return function(pointers, lines, parallel)
+
+
+def _share(count: int) -> str:
+    """What a sum of so many is multiplied by for their mean: of none it is 0 times infinity."""
+    if is_run_time(count):
+        return f"1.0f / {real(count)}"
+    return f"{(1 / count).hex()}f" if count else "INFINITY"
 
 
 def identity(op: str, dtype: str) -> str:
