@@ -100,17 +100,20 @@ def _refusal(program: Program, context: PassContext) -> str | None:
 
 def _reason(node: ir.Node) -> str:
     """Why the node is no site; "" for one."""
-    for value in (node.inputs[0], node.inputs[1], node.outputs[0]):
-        if value is None or value.dtype != ir.DataType.FLOAT:
-            kind = value.dtype.name.lower() if value is not None and value.dtype else "unknown"
-            return f"{value.name!r} is {kind}, not float" if value else "it lacks an operand"
+    data, weight = node.inputs[:2]
+    if data is None or weight is None:
+        return "it lacks an operand"
+    for value in (data, weight, node.outputs[0]):
+        if value.dtype != ir.DataType.FLOAT:
+            kind = value.dtype.name.lower() if value.dtype else "unknown"
+            return f"{value.name!r} is {kind}, not float"
     if any(dequantizer(v) is not None for v in node.inputs[:2]):
         return "already quantised"
-    if constant(node.inputs[0]) is not None:
-        return f"its operand {node.inputs[0].name!r} is a constant where data is expected"  # type: ignore[union-attr]
-    weight = laid_out(node.inputs[1])
-    if weight is None or weight.ndim != 2:
-        return f"its weight {node.inputs[1].name!r} is not a constant matrix"  # type: ignore[union-attr]
+    if constant(data) is not None:
+        return f"its operand {data.name!r} is a constant where data is expected"
+    matrix = laid_out(weight)
+    if matrix is None or matrix.ndim != 2:
+        return f"its weight {weight.name!r} is not a constant matrix"
     return ""
 
 

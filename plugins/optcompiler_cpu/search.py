@@ -23,7 +23,7 @@ from optcompiler.backend import Runner
 from optcompiler.cache import Cache
 from optcompiler.choices import Choices
 from optcompiler.errors import CacheWarning, OptcompilerError
-from optcompiler.lowering.ir import Lowered, Step
+from optcompiler.lowering.ir import Conv, Lowered, MatMul
 from optcompiler_cpu.isa import Isa
 from optcompiler_cpu.runner import NUMPY
 from optcompiler_cpu.variants import print_other, variants_of
@@ -67,7 +67,7 @@ def _found(
     lowered: Lowered, isa: Isa, make: Make, machine: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     options = {s.name: variants_of(s, isa)[:TRIED] for s in lowered.steps}
-    steps = [s for s in lowered.steps if options[s.name]]
+    steps = [s for s in lowered.steps if isinstance(s, (Conv, MatMul)) and options[s.name]]
     same: dict[str, list[str]] = {}
     for step in steps:
         same.setdefault(_text_of(step, isa, options[step.name]), []).append(step.name)
@@ -106,11 +106,11 @@ def _best(first: str, us: Mapping[str, float]) -> str | None:
     return best if first in us and us[best] < GAIN * us[first] else None
 
 
-def _text_of(step: Step, isa: Isa, names: Sequence[str]) -> str:
+def _text_of(step: Conv | MatMul, isa: Isa, names: Sequence[str]) -> str:
     """What decides how long the kernels take: their text, and how much they read."""
     digest = hashlib.sha256()
     for name in names:
-        code = print_other(step, isa, name)  # type: ignore[arg-type]
+        code = print_other(step, isa, name)
         digest.update(f"{name}\n{code.text}\n".encode())
         digest.update(repr([p.data.shape for p in code.pointers if p.data is not None]).encode())
     return digest.hexdigest()
