@@ -23,6 +23,7 @@ from tests.backends import test_cpu_bf16 as bf16
 from tests.backends import test_cpu_weight_bytes as nibbles
 from tests.backends.test_cpu import FLOATS, compiled, program
 from tests.backends.test_cpu_integers import INTEGERS
+from tests.backends.test_cpu_library import FOREIGN
 from tests.support import assert_close, random_inputs, run_onnx
 
 CC, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
@@ -227,12 +228,6 @@ def test_a_library_of_two_picks_by_what_the_processor_has(tmp_path: Path) -> Non
     assert picked(tmp_path, *OLD) == "portable"
     assert picked(tmp_path, *NEW, net_ISA="portable") == "portable"
     assert picked(tmp_path, *OLD, net_ISA="neon_dotprod") == ""
-
-
-FOREIGN = """#!/bin/sh
-for word; do [ "$word" = -dumpmachine ] && echo aarch64-linux-gnu && exit; done
-exec cc "$@"
-"""
 
 
 def test_a_compiler_says_which_instruction_sets_there_are(

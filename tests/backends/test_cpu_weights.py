@@ -10,14 +10,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
 
-from optcompiler.damage import run_batches
-from optcompiler.ops import builtin_table
 from optcompiler.program import Program
 from optcompiler.target import Target
 from optcompiler_cpu.backend import CpuBackend
 from optcompiler_cpu.isa import ISAS, supported
+from tests.backends.test_cpu_bf16 import inputs_of, reference
 
 SAME = {"amx_int8", "avx512_bf16"}
 """Instruction sets whose kernels here are those of avx512_vnni."""
@@ -121,19 +119,6 @@ def convolution(size: int, channels: int, out: int, kernel: int, block: int | No
         s=rng.uniform(0.001, 0.01, count).astype(np.float32),
         b=rng.standard_normal(out).astype(np.float32),
     )  # fmt: skip
-
-
-def inputs_of(source: Program) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(1)
-    return {
-        p.name: rng.standard_normal([int(d) for d in p.shape]).astype(np.float32)
-        for p in source.inputs
-    }
-
-
-def reference(source: Program, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-    [outputs] = run_batches(source, [inputs], builtin_table())
-    return [torch.as_tensor(o).float().numpy() for o in outputs]
 
 
 def compiled(
