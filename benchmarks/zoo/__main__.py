@@ -14,8 +14,9 @@ def main() -> None:
     print(f"kept in {store.folder()}")
     for name in filter(None, options.only.split(",")):
         found = subject(name)
+        score = found.metric(found.module) if found.reference is None else found.reference
         weights = sum(p.numel() for p in found.module.parameters())
-        print(f"{found.title}: {weights} weights, {found.reference:.3f} {found.unit}", flush=True)
+        print(f"{found.title}: {weights} weights, {score:.3f} {found.unit}", flush=True)
 
 
 if __name__ == "__main__":
