@@ -80,16 +80,18 @@ class Distill(Pass):
             return
 
         from optcompiler_passes import _kd
+        from optcompiler_passes._learnables import learnables
+        from optcompiler_passes._samples import sample_count
 
         if _kd.same_function(program, context):
             yield Decline("program", "the student equals the teacher")
             return
-        learnt = _kd.learnables(program, self.learn)
+        learnt = learnables(program, self.learn)
         if not learnt:
             yield Decline("program", f"it holds no {' or '.join(self.learn)} to learn")
             return
 
-        samples = _kd.sample_count(context.calibration)
+        samples = sample_count(context.calibration)
         each = _kd.work_per_sample(context) * min(self.batch_size, samples)
         afforded = int(1e12 * self.work_tmacs / max(PASSES * each, 1))
         steps = min(self.steps, max(afforded, FEWEST_STEPS))

@@ -13,8 +13,9 @@ from optcompiler.damage import Judge
 from optcompiler.errors import Declined, InputError
 from optcompiler.program import Program, constant
 from optcompiler.rewriting import PassContext
-from optcompiler_passes import _kd
+from optcompiler_passes._boundaries import batch_free, boundaries
 from optcompiler_passes._clock import Clock
+from optcompiler_passes._learnables import learnables
 from optcompiler_passes.distill import Distill
 from optcompiler_passes.insert_qdq import InsertQdq
 from optcompiler_passes.pack_weights import pack
@@ -119,7 +120,7 @@ def test_same_seed_same_bytes_and_torch_is_left_alone(case):
 )
 def test_what_learns(case, role, names):
     _, student, context = case
-    assert {i.name for i in _kd.learnables(student, (role,))} - {"a_scale", "r2_scale"} == names
+    assert {i.name for i in learnables(student, (role,))} - {"a_scale", "r2_scale"} == names
     if role == "zero_points":
         student, _ = apply_all(InsertQdq(), network(), context)
         student.set_weight(student.value("x_zero_point"), np.array(70, np.uint8))
@@ -131,7 +132,7 @@ def test_what_learns(case, role, names):
 
 def test_scale_after_a_clip_implies_the_clip(case):
     _, student, context = case
-    [item] = [i for i in _kd.learnables(student, ("scales",)) if i.name == "r1_scale"]
+    [item] = [i for i in learnables(student, ("scales",)) if i.name == "r1_scale"]
     assert item.most * 255 <= 6.0 < item.most * 255 * 1.001
     student.set_weight(student.value("r1_scale"), np.array(0.04, np.float32))
     after = distilled(replace(QUICK, learn=("scales",), steps=20), student, context)
@@ -140,14 +141,14 @@ def test_scale_after_a_clip_implies_the_clip(case):
 
 def test_block_boundaries(case):
     teacher, student, _ = case
-    assert _kd.blocks(student, teacher) == ["c1", "r1", "a", "r2", "p", "f"]
+    assert boundaries(student, teacher) == ["c1", "r1", "a", "r2", "p", "f"]
     narrow = network(seed=1)
     for name, keep in (("w", np.s_[:3]), ("b", np.s_[:3]), ("v", np.s_[:3, :3])):
         narrow.set_weight(narrow.value(name), constant(narrow.value(name))[keep])
     narrow.set_weight(narrow.value("u"), constant(narrow.value("u"))[:27])
     narrow.set_weight(narrow.value("flat"), np.array([-1, 27], np.int64))
     narrow.infer_shapes()
-    assert _kd.blocks(narrow, teacher) == []
+    assert boundaries(narrow, teacher) == []
 
 
 def test_a_fixed_batch_size_is_trained_with_larger_batches():
@@ -155,7 +156,7 @@ def test_a_fixed_batch_size_is_trained_with_larger_batches():
     feeds = [random_inputs(teacher, seed) for seed in range(12)]
     context = make_context(teacher, calibration=feeds[:10], holdout=feeds[10:])
     student = student_of(teacher, context)
-    free = _kd._batch_free(teacher)
+    free = batch_free(teacher)
     [got] = free.to_torch()(torch.zeros(3, 2, 6, 6))
     assert got.shape == (3, 5)
     judge = Judge(teacher, context.holdout, context.ops)
@@ -202,7 +203,7 @@ def test_reasons(case):
     assert reason(narrow, replace(QUICK, learn=("scales", "zero_points"))) == (
         "it holds no scales or zero_points to learn"
     )
-    assert _kd.learnables(bare, ("weights",)) == []
+    assert learnables(bare, ("weights",)) == []
 
 
 def test_no_improvement_is_declined(case):
@@ -233,7 +234,7 @@ def test_packed_weights_do_not_learn():
     teacher = network()
     student, _ = apply_all(InsertQdq(), teacher, make_context(teacher))
     pack(student)
-    names = {i.name for i in _kd.learnables(student, ("scales", "weights", "biases"))}
+    names = {i.name for i in learnables(student, ("scales", "weights", "biases"))}
     assert not names & {"w_scale", "w_quantized", "b_quantized", "b_scale"}
     assert "x_scale" in names
 
