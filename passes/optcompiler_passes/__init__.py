@@ -23,9 +23,11 @@ def optcompiler_passes() -> Iterable[type[Pass]]:
     from optcompiler_passes.prune_channels import PruneChannels
     from optcompiler_passes.prune_dead_channels import PruneDeadChannels
     from optcompiler_passes.quantize_weights import QuantizeWeights
+    from optcompiler_passes.reconstruct import Reconstruct
     from optcompiler_passes.simplify import Simplify
 
     return [
         CastBf16, Distill, FoldBatchNorm, FuseOperators, InsertQdq, MoveIntegers, PackWeights,
-        PruneChannels, PruneDeadChannels, QuantizeWeights, Simplify,
+        PruneChannels, PruneDeadChannels, QuantizeWeights,
+        Reconstruct, Simplify,
     ]  # fmt: skip

@@ -64,6 +64,12 @@ class Pair:
         return scale
 
     @property
+    def bits(self) -> int:
+        """Of a level."""
+        kind = self.quantize.outputs[0].dtype
+        return 8 if kind is None else int(kind.bitwidth)
+
+    @property
     def zero_point(self) -> ir.Value | None:
         return self.quantize.inputs[2] if len(self.quantize.inputs) > 2 else None
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from optcompiler.backend import Capabilities
 from optcompiler.errors import InputError
 from optcompiler.observers import (
     Observer,
@@ -19,12 +19,10 @@ from optcompiler.observers import (
     quantization_parameters,
     weight_scales,
 )
-from optcompiler.program import SOURCE_KEY, Program, constant
+from optcompiler.program import Program, constant
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
-from optcompiler_passes._blocks import BLOCKED_SINCE, insert_blocks, is_large_matrix
+from optcompiler_passes._blocks import BLOCKED_SINCE, insert_blocks
 from optcompiler_passes._qdq import (
-    KEEPS_LEVELS,
-    PICKS_LEVELS,
     Editor,
     Pair,
     dequantizer,
@@ -34,12 +32,11 @@ from optcompiler_passes._qdq import (
     readers,
     table_of,
 )
+from optcompiler_passes._sites import Site, Survey, value_name
 from optcompiler_passes.cast_bf16 import LIKE_NOW, raise_opset
 
-CONTRACTIONS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 BLOCK_SIZE = 32
-_ABSORBED = frozenset({"Clip", "Relu"})
-_ARITHMETIC = frozenset({"Add", "Concat", "Div", "Mul", "Sub", "Sum"})
+PRECISIONS = ("int8", "w4a8", "w4a4")
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,13 @@ class InsertQdq(Pass):
        integer kernel and a reader is one. Where the target fuses an Add into the contraction
        that feeds it, that operand stays as it is.
     5. Ranges come from one pass of `program` over the calibration batches.
-    6. Where "w4a8" is allowed, a large matrix may have 4 bits in blocks (`quantize-weights`).
+    6. With "w4a8" weights have 4 bits: a large matrix in blocks where the target multiplies those
+       (`quantize-weights`), all others per output channel. Beside "int8" it is offered for large
+       weights only: there is nothing to gain at small ones, which stay in caches.
+    7. With "w4a4" activations that a weight multiplies have 4 bits too. The first and the last
+       weighted sites (`ends="int8"`; "same" for no exception) and products of two activations keep
+       8 bits, other operators float.
+    8. A value that sites want in different widths has the widest.
 
     `observer` names the activation observer, `weight_observer` is "mse" or "minmax", `skip` holds
     globs of node names or source paths that stay float.
@@ -88,9 +91,12 @@ class InsertQdq(Pass):
     observer: str = "mse"
     weight_observer: str = "mse"
     skip: tuple[str, ...] = ()
+    ends: str = "int8"
 
     def propose(self, program: Program, context: PassContext) -> Iterable[Candidate | Decline]:
         make = self._observer(context.observers)
+        if self.ends not in ("int8", "same"):
+            raise InputError(f"insert-qdq: ends={self.ends!r}; take int8 or same.")
         if self.weight_observer not in ("mse", "minmax"):
             raise InputError(
                 f"insert-qdq: weight_observer={self.weight_observer!r}; take mse or minmax."
@@ -107,23 +113,21 @@ class InsertQdq(Pass):
         observers = observe(
             program, watched, context.calibration, make, context.ops, context.progress
         )
-        dtype = context.capabilities.activation_dtype
-        bits = ir.DataType[dtype].bitwidth
+        forms = _forms(context.capabilities)
         multipliers: set[str] = set()
         if context.capabilities.symmetric_multipliers:
             multipliers = {name for site in survey.sites for name in site.multipliers}
-        ranges: dict[str, tuple[np.float32, int]] = {}
-        broken: dict[str, int] = {}
-        for name, observer in observers.items():
-            if observer.non_finite:
-                broken[name] = observer.non_finite
-            else:
-                even = name in multipliers
-                ranges[name] = quantization_parameters(*observer.range(bits, even), dtype, even)
-        widths = {
-            choice: of for name, choice, of in (
-                ("int8", f"int{bits}", context.capabilities.weight_dtype), ("w4a8", "w4a8", "INT4"),
-            ) if name in context.precisions
+        broken = {name: o.non_finite for name, o in observers.items() if o.non_finite}
+        wanted = {f.activation for f in forms.values()}
+        ranges = {
+            dtype: {
+                name: quantization_parameters(
+                    *o.range(ir.DataType[dtype].bitwidth, name in multipliers), dtype,
+                    name in multipliers,
+                )
+                for name, o in observers.items() if name not in broken
+            }
+            for dtype in wanted
         }  # fmt: skip
         for site in survey.sites:
             bad = next((n for n in site.watched if n in broken), None)
@@ -134,30 +138,46 @@ class InsertQdq(Pass):
                     site.nodes,
                 )
                 continue
-            offered = {c: of for c, of in widths.items() if of != "INT4" or site.blocks}
+            offered = self._offered(site, context.precisions, program.opset)
             if not offered:
-                yield Decline(site.node, "it has no large matrix to store in 4 bits", site.nodes)
-            for choice, weight_dtype in offered.items():
+                reason = "4 bits are for what a weight multiplies, and 8 are not allowed"
+                yield Decline(site.node, reason, site.nodes)
+            for choice, note in offered.items():
+                form = forms[choice]
+                mine = {n: ranges[form.activation][n] for n in site.watched}
                 rewrite = Quantize(
-                    site,
-                    {n: ranges[n] for n in site.watched},
-                    dtype,
-                    weight_dtype,
-                    context.capabilities.per_channel,
-                    self.weight_observer,
-                )
+                    site, mine, form.activation, form.weight,
+                    form.weight == "INT4" and site.blocks and program.opset >= LIKE_NOW,
+                    context.capabilities.per_channel, self.weight_observer,
+                )  # fmt: skip
                 yield Candidate(
-                    site.node,
-                    choice,
-                    rewrite,
-                    exact=False,
-                    nodes=site.nodes,
-                    note=site.note,
+                    site.node, choice, rewrite, exact=False, nodes=site.nodes,
+                    note="; ".join(filter(None, (note, site.note))),
                     details={
                         "observer": self.observer,
-                        "scales": {n: float(ranges[n][0]) for n in site.watched},
+                        "scales": {n: float(scale) for n, (scale, _) in mine.items()},
                     },
-                )
+                )  # fmt: skip
+
+    def _offered(self, site: Site, precisions: frozenset[str], opset: int) -> dict[str, str]:
+        """What the site may become, with a remark each."""
+        found = {"int8": ""} if "int8" in precisions else {}
+        weighted = site.weight is not None
+        product = bool(site.multipliers)
+        few = opset >= LIKE_NOW
+        if "w4a8" in precisions:
+            if not weighted:
+                found.setdefault("int8", "")
+            elif few and (site.large or "int8" not in precisions):
+                found["w4a8"] = ""
+        if "w4a4" in precisions:
+            if weighted and few and not (site.end and self.ends == "int8"):
+                found["w4a4"] = ""
+            elif weighted:
+                found.setdefault("int8", "the first and the last layer keep 8 bits")
+            elif product:
+                found.setdefault("int8", "a product of activations keeps 8 bits")
+        return found
 
     def _observer(self, known: Mapping[str, type[Observer]]) -> type[Observer]:
         available = {o.name: o for o in builtin_observers()} | dict(known)
@@ -170,7 +190,7 @@ class InsertQdq(Pass):
 
 
 def _refusal(context: PassContext) -> str | None:
-    if not context.precisions & {"int8", "w4a8"}:
+    if not context.precisions & set(PRECISIONS):
         return f"precision int8 is not among those allowed: {', '.join(sorted(context.precisions))}"
     if not context.capabilities.integer_ops:
         return f"target {context.target.backend} has no integer kernels"
@@ -180,309 +200,21 @@ def _refusal(context: PassContext) -> str | None:
 
 
 @dataclass(frozen=True)
-class Site:
-    """What one candidate quantises, by name; `note` says what it leaves beside the integers.
+class Form:
+    """ONNX types of activations and weights."""
 
-    `chains` gives for an operand index the values from the one whose range counts down to the
-    operand, each but the first made from the one before by an operator that keeps its levels.
-    `weight` is (operand index, channel axis). `output` is the value to quantise for every reader.
-    `multipliers` are roots of chains that lead to the second operand of a product of activations.
-    `blocks` says whether the weight is a matrix that may have 4 bits, in blocks of `BLOCK_SIZE`.
-    """
-
-    node: str
-    nodes: tuple[str, ...]
-    chains: tuple[tuple[int, tuple[str, ...]], ...]
-    weight: tuple[int, int] | None = None
-    output: str | None = None
-    multipliers: tuple[str, ...] = ()
-    note: str = ""
-    blocks: bool = False
-
-    @property
-    def watched(self) -> tuple[str, ...]:
-        roots = [chain[0] for _, chain in self.chains]
-        return (*dict.fromkeys([*roots, *([self.output] if self.output else [])]),)
+    activation: str
+    weight: str
 
 
-class _No(Exception):
-    """Why a node is not a site."""
-
-
-class Survey:
-    """The sites of a program and the nodes that cannot be one."""
-
-    def __init__(self, program: Program, context: PassContext, skip: Sequence[str]) -> None:
-        self.context = context
-        self.capabilities = context.capabilities
-        self.fuses = "contraction" in context.capabilities.fusions
-        self.opset = program.opset
-        self.order = {node: i for i, node in enumerate(program.graph)}
-        self.sites: list[Site] = []
-        self.declines: list[Decline] = []
-        self._skip = skip
-        self._weights: dict[ir.Node, tuple[int, int] | None] = {}
-        self._reasons: dict[ir.Node, str] = {}
-        self._operands: dict[ir.Node, tuple[int, ...]] = {}
-        integer_ops = self.capabilities.integer_ops
-        nodes = [n for n in program.graph if n.domain == "" and n.op_type in integer_ops]
-        for node in nodes:
-            if node.op_type in CONTRACTIONS:
-                self._attempt(node, self._contraction)
-        for node in reversed(nodes):
-            if self._is_movement_site(node):
-                self._attempt(node, self._movement)
-        for node in nodes:
-            if node in self._operands and node.op_type not in CONTRACTIONS:
-                self._attempt(node, self._fed_by_integers)
-        for node in nodes:
-            if node in self._operands:
-                self._attempt(node, self._emit)
-            if node in self._reasons:
-                self.declines.append(
-                    Decline(str(node.name), self._reasons[node], (str(node.name),))
-                )
-
-    def _attempt(self, node: ir.Node, step: Callable[[ir.Node], None]) -> None:
-        try:
-            step(node)
-        except _No as reason:
-            self._operands.pop(node, None)
-            self._reasons[node] = str(reason)
-
-    # -- which nodes ------------------------------------------------------------------------
-
-    def _contraction(self, node: ir.Node) -> None:
-        self._check_common(node)
-        self._weights[node] = _weight(node)
-        weight = self._weights[node]
-        candidates = (0,) if weight is not None else (0, 1)
-        for index in candidates:
-            operand = node.inputs[index]
-            if constant(operand) is not None:
-                raise _No(f"its operand {_name(operand)} is a constant where data is expected")
-        done = dequantizer(node.inputs[0]) is not None and dequantizer(node.inputs[1]) is not None
-        if done:
-            raise _No("already quantised")
-        self._output(node)
-        self._operands[node] = candidates
-
-    def _is_movement_site(self, node: ir.Node) -> bool:
-        if node.op_type in CONTRACTIONS | _ABSORBED | KEEPS_LEVELS | PICKS_LEVELS:
-            return False
-        constants = [constant(v) is not None for v in node.inputs if v is not None]
-        return not any(constants) if node.op_type in _ARITHMETIC else not all(constants)
-
-    def _movement(self, node: ir.Node) -> None:
-        operands = [i for i, v in enumerate(node.inputs) if v is not None and constant(v) is None]
-        if all(dequantizer(node.inputs[i]) is not None for i in operands):
-            raise _No("already quantised")
-        self._check_common(node)
-        result = self._after_activation(node.outputs[0])
-        if result.is_graph_output():
-            raise _No(f"its result {_name(result)} is an output of the program and stays float")
-        if not self._integer_reader(result):
-            raise _No(f"no integer kernel reads its result {_name(result)}")
-        if node.op_type == "Add" and self.fuses:
-            fused = self._fused_operand(node, operands)
-            operands = [i for i in operands if i != fused]
-        self._operands[node] = tuple(operands)
-
-    def _fed_by_integers(self, node: ir.Node) -> None:
-        if not any(self.from_integer(v) for v in node.inputs):
-            raise _No("none of its operands comes from an integer kernel")
-
-    def _check_common(self, node: ir.Node) -> None:
-        path = node.metadata_props.get(SOURCE_KEY, "")
-        for pattern in self._skip:
-            if fnmatch.fnmatchcase(str(node.name), pattern) or (
-                path and fnmatch.fnmatchcase(path, pattern)
-            ):
-                raise _No(f"skipped by {pattern!r}")
-        if len(node.outputs) != 1:
-            raise _No(f"it has {len(node.outputs)} outputs")
-        first = node.inputs[0]
-        for value in (first, node.outputs[0]):
-            if value is None or value.shape is None:
-                raise _No(f"the shape of {_name(value)} is unknown")
-            if value.dtype != ir.DataType.FLOAT:
-                kind = value.dtype.name.lower() if value.dtype is not None else "unknown"
-                raise _No(f"{_name(value)} is {kind}, not float")
-
-    # -- following values -------------------------------------------------------------------
-
-    def _after_activation(self, value: ir.Value) -> ir.Value:
-        """`value`, or the result of the Relu or Clip that alone reads it."""
-        uses = value.uses()
-        if len(uses) == 1 and not value.is_graph_output():
-            reader = next(iter(uses)).node
-            if reader.op_type in _ABSORBED and reader.domain == "":
-                return reader.outputs[0]
-        return value
-
-    def _integer_reader(self, value: ir.Value) -> bool:
-        """Whether an integer kernel reads `value`, or a rearrangement of it."""
-        for use in value.uses():
-            if use.idx in self._operands.get(use.node, ()):
-                return True
-            moves = use.node.op_type in KEEPS_LEVELS | PICKS_LEVELS and use.idx == 0
-            if moves and any(self._integer_reader(v) for v in use.node.outputs):
-                return True
-        return False
-
-    def from_integer(self, value: ir.Value | None, depth: int = 12) -> bool:
-        """Whether `value` is made by an integer kernel, through what that kernel can absorb."""
-        node = value.producer() if value is not None else None
-        if node is None or depth == 0:
-            return False
-        if node in self._operands or node.op_type == "DequantizeLinear":
-            return True
-        if node.op_type in KEEPS_LEVELS | PICKS_LEVELS | _ABSORBED:
-            return self.from_integer(node.inputs[0], depth - 1)
-        spec = self.context.ops.get(node)
-        if self.fuses and spec is not None and spec.pointwise:
-            return any(self.from_integer(v, depth - 1) for v in node.inputs)
-        return False
-
-    def _fused_operand(self, node: ir.Node, operands: Sequence[int]) -> int | None:
-        """The operand of an Add that the contraction making it adds in its own kernel."""
-        found: list[tuple[int, int]] = []
-        for index in operands:
-            value = node.inputs[index]
-            producer = self._only_reader(value)
-            if producer is not None and producer.op_type == "Add":
-                parts = [v for v in producer.inputs if constant(v) is None]
-                producer = self._only_reader(parts[0]) if len(parts) == 1 else None
-            if producer in self._operands and producer.op_type in CONTRACTIONS:
-                found.append((self.order[producer], index))
-        return max(found)[1] if found else None
-
-    def _only_reader(self, value: ir.Value | None) -> ir.Node | None:
-        """The producer of a value that is read once and is no output."""
-        if value is None or value.is_graph_output() or len(value.uses()) != 1:
-            return None
-        return value.producer()
-
-    def _chain(self, value: ir.Value) -> tuple[str, ...]:
-        """From the value to quantise down to `value`, over operators that keep its levels."""
-        chain = [value]
-        while True:
-            node = chain[0].producer()
-            if node is None or node.domain != "" or dequantizer(chain[0]) is not None:
-                break
-            source = node.inputs[0] if node.inputs else None
-            if source is None or constant(source) is not None:
-                break
-            if node.op_type in PICKS_LEVELS:
-                if not self.from_integer(source):
-                    break
-            elif node.op_type not in KEEPS_LEVELS:
-                break
-            chain.insert(0, source)
-        if dequantizer(chain[0]) is not None:
-            source = quantized_source(chain[0])
-            chain[:1] = [source] if source is not None else []
-        return tuple(str(v.name) for v in chain)
-
-    # -- sites ------------------------------------------------------------------------------
-
-    def _emit(self, node: ir.Node) -> None:
-        chains: list[tuple[int, tuple[str, ...]]] = []
-        for index in self._operands[node]:
-            value = node.inputs[index]
-            if value is not None and dequantizer(value) is None:
-                chains.append((index, self._chain(value)))
-        weight = self._weights.get(node)
-        products = node in self._weights and weight is None
-        if weight is not None and dequantizer(node.inputs[weight[0]]) is not None:
-            weight = None
-        output = self._output(node)
-        covered = [str(node.name)]
-        producer = output.producer() if output is not None else None
-        if producer is not None and producer is not node:
-            covered.append(str(producer.name))
-        self.sites.append(
-            Site(
-                str(node.name),
-                tuple(covered),
-                tuple(chains),
-                weight,
-                str(output.name) if output is not None else None,
-                tuple(chain[0] for index, chain in chains if index == 1 and products),
-                "" if weight is None else _kept_in_float(node.inputs[weight[0]]),
-                weight is not None
-                and node.op_type in self.capabilities.stored_weight_ops
-                and is_large_matrix(node.inputs[weight[0]])
-                and self.opset >= LIKE_NOW,
-            )
-        )
-
-    def _output(self, node: ir.Node) -> ir.Value | None:
-        contraction = node.op_type in CONTRACTIONS
-        if contraction and (self.fuses or node.op_type in self.capabilities.float_outputs):
-            return None
-        result = self._after_activation(node.outputs[0])
-        if result.is_graph_output():
-            raise _No(
-                f"its result {_name(result)} is an output of the program, and the target's "
-                f"integer {node.op_type} does not write float"
-            )
-        return result
-
-
-def _name(value: ir.Value | None) -> str:
-    return repr(value.name) if value is not None else "an absent operand"
-
-
-def _weight(node: ir.Node) -> tuple[int, int] | None:
-    """(operand index, axis of output channels) of a constant weight; None for two activations."""
-    if len(node.inputs) < 2 or node.inputs[1] is None:
-        raise _No("it has no second operand")
-    operand = node.inputs[1]
-    value = quantized_source(operand) or operand
-    array = laid_out(value)
-    made = dequantizer(operand)
-    if array is None and made is not None and constant(made.inputs[0]) is not None:
-        return 1, 0
-    if array is None:
-        if node.op_type == "MatMul":
-            return None
-        raise _No(f"its weight {_name(value)} is not a constant")
-    if array.dtype != np.float32:
-        raise _No(f"its weight {_name(value)} is {array.dtype}, not float32")
-    if node.op_type == "MatMul":
-        if array.ndim != 2:
-            raise _No(f"its weight {_name(value)} has {array.ndim} dimensions, not 2")
-        axis = 1
-    elif node.op_type == "Gemm":
-        axis = 0 if node.attributes.get_int("transB", 0) else 1
-    elif node.op_type == "ConvTranspose":
-        axis = 1 if node.attributes.get_int("group", 1) == 1 else -1
-    else:
-        axis = 0
-    if not np.isfinite(array).all():
-        rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
-        bad = int((~np.isfinite(rows)).any(axis=1).sum())
-        raise _No(f"{bad} of {len(rows)} output channels hold NaN weights")
-    return 1, axis
-
-
-def _kept_in_float(weight: ir.Value | None) -> str:
-    """What a weight costs that stays in float for others than contractions, as a remark."""
-    table = table_of(weight) if weight is not None else None
-    if table is None or table.const_value is None:
-        return ""
-    others = [
-        str(reader.name)
-        for reader, _ in readers(table)
-        if reader.op_type not in CONTRACTIONS | KEEPS_LEVELS
-    ]
-    if not others:
-        return ""
-    return (
-        f"{others[0]!r} reads its weight {_name(table)} too, which stays in float "
-        f"({table.const_value.nbytes} bytes) beside the integers ({table.const_value.size} bytes)"
-    )
+def _forms(capabilities: Capabilities) -> dict[str, Form]:
+    """The types by choice: 4 bits are signed where the target's 8 bits are."""
+    eight = capabilities.activation_dtype
+    four = "UINT4" if eight.startswith("U") else "INT4"
+    return {
+        "int8": Form(eight, capabilities.weight_dtype), "w4a8": Form(eight, "INT4"),
+        "w4a4": Form(four, "INT4"),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -493,6 +225,7 @@ class Quantize:
     ranges: Mapping[str, tuple[np.float32, int]]
     dtype: str
     weight_dtype: str
+    blocks: bool
     per_channel: bool
     weight_observer: str
 
@@ -537,8 +270,10 @@ class Quantize:
         self, editor: Editor, value: ir.Value, range_of: str, shared: Pair | None = None
     ) -> Pair:
         existing = pair_of(value)
-        if existing is not None:
+        if existing is not None and existing.bits >= ir.DataType[self.dtype].bitwidth:
             return existing
+        if existing is not None:
+            return self._widened(editor, existing, range_of, shared)
         if shared is not None and shared.zero_point is not None:
             return editor.insert_pair(value, shared.scale, shared.zero_point)
         scale, zero_point = self.ranges[range_of]
@@ -546,6 +281,21 @@ class Quantize:
             str(value.name), np.asarray(scale), np.asarray(zero_point), self.dtype
         )
         return editor.insert_pair(value, *parameters)
+
+    def _widened(self, editor: Editor, pair: Pair, range_of: str, shared: Pair | None) -> Pair:
+        """A pair that others wanted narrower, in this site's type."""
+        if shared is not None and shared.zero_point is not None:
+            parameters = shared.scale, shared.zero_point
+        else:
+            scale, zero_point = self.ranges[range_of]
+            parameters = editor.parameters(
+                str(pair.source.name), np.asarray(scale), np.asarray(zero_point), self.dtype
+            )
+        for node in (pair.quantize, pair.dequantize):
+            for index, value in enumerate(parameters, 1):
+                node.replace_input_with(index, value)
+        pair.quantize.outputs[0].type = parameters[1].type
+        return pair
 
     def _present(self, editor: Editor, name: str) -> ir.Value:
         if name not in editor.values:
@@ -558,9 +308,10 @@ class Quantize:
             return
         array = laid_out(weight)
         if array is None:
-            raise Declined(f"{_name(weight)} is no longer a constant.")
-        if self.weight_dtype == "INT4":
+            raise Declined(f"{value_name(weight)} is no longer a constant.")
+        if "4" in self.weight_dtype + self.dtype:
             raise_opset(editor.program, BLOCKED_SINCE)
+        if self.blocks:
             insert_blocks(editor, node, weight, 1 - axis, BLOCK_SIZE)
             return
         along = axis if self.per_channel and axis >= 0 else None

@@ -138,17 +138,15 @@ def test_large_matrices_may_have_four_bits_beside_bytes(tmp_path: Path):
         ("first", "int8"), ("first", "w4a8"), ("second", "int8"),
     ]  # fmt: skip
     only = context(before, capabilities=both, precisions=frozenset({"fp32", "w4a8"}))
-    candidates, declines = proposals(InsertQdq(), before, only)
-    assert [(c.site, c.choice) for c in candidates] == [("first", "w4a8")]
-    assert ("second", "it has no large matrix to store in 4 bits") in [
-        (d.site, d.reason) for d in declines
-    ]
+    candidates, _ = proposals(InsertQdq(), before, only)
+    assert [(c.site, c.choice) for c in candidates] == [("first", "w4a8"), ("second", "w4a8")]
     after, _ = apply_all(InsertQdq(), before, only)
     assert blocks_of(after, "first") == ("DequantizeLinear", 0, 32, (8, 256))
+    assert blocks_of(after, "second") == ("DequantizeLinear", 1, 0, (32,))
     packed, _ = apply_all(PackWeights(), after, context(after))
     backend, target = CpuBackend(), Target("cpu", threads=1)
     [first, second] = [k for k in backend.kernels(packed, target) if k.kind == "gemm"]
-    assert (first.dtype, second.dtype) == ("int8", "fp32")
+    assert (first.dtype, second.dtype) == ("int8", "int8")
     assert first.weight_bytes < 256 * 256 * 5.1 / 8
     info = backend.lower(packed, target, tmp_path)
     runner = backend.load(tmp_path, info, threads=1)
