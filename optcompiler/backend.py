@@ -34,7 +34,8 @@ class Capabilities:
     two activations as integers when the second is symmetric around the middle of its type.
     `stored_weight_ops` names the operator types whose constant weight it multiplies with floats as
     it is stored, in integers behind a DequantizeLinear. `any_port` says whether inputs and outputs
-    may be sequences, optionals and tensors of strings.
+    may be sequences, optionals and tensors of strings. `emulated` are precisions that it runs by
+    computing with the floats that the levels stand for: allowed by name, no part of "auto".
     `reference` asks for one run, inputs and outputs, beside the code, by which it can be checked
     without Python.
     """
@@ -51,6 +52,7 @@ class Capabilities:
     stored_weight_ops: frozenset[str] = frozenset()
     any_port: bool = False
     reference: bool = False
+    emulated: frozenset[str] = frozenset()
 
 
 def require_tensors(program: Program, backend: str) -> None:

@@ -601,8 +601,9 @@ def allowed_precisions(
     """
     if precision == "auto":
         return capabilities.precisions
-    if precision not in capabilities.precisions:
-        has = ", ".join(sorted(capabilities.precisions))
+    known = capabilities.precisions | capabilities.emulated
+    if precision not in known:
+        has = ", ".join(sorted(known))
         raise InputError(f"target {target} has no precision {precision!r}; it has {has}.")
     return frozenset({"fp32", precision})
 

@@ -114,8 +114,7 @@ class Learner:
         device: torch.device, generator: torch.Generator,
     ) -> None:  # fmt: skip
         part = unit.student.clone()
-        self.roundings = _free_weights(part, shared)
-        self.fewest_bits = min((r.high - r.low + 1 for r in self.roundings), default=256)
+        self.roundings = _free_weights(part, shared, options)
         module = to_torch(part, ops)
         self.quantizers = _with_drops(module, part, generator)
         self.module = module.to(device)
@@ -164,7 +163,7 @@ class Learner:
         return torch.stack(parts).sum() / total
 
 
-def _free_weights(part: Program, shared: frozenset[str]) -> list[Rounding]:
+def _free_weights(part: Program, shared: frozenset[str], options: Reconstruct) -> list[Rounding]:
     """Let nodes read weights in place of their quantised form; how those may be rounded."""
     found: list[Rounding] = []
     for node in tuple(part.graph):
@@ -176,6 +175,8 @@ def _free_weights(part: Program, shared: frozenset[str]) -> list[Rounding]:
         alone = len(list(weight.consumers())) == 1 and weight.name not in shared
         rounding = rounding_of(node) if alone and not weight.is_graph_output() else None
         if rounding is None or [r.op_type for r in readers] != ["DequantizeLinear"]:
+            continue
+        if not options.rounds(rounding.high - rounding.low + 1):
             continue
         ir.convenience.replace_all_uses_with(readers[0].outputs[0], weight)
         found.append(rounding)

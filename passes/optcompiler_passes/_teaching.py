@@ -23,6 +23,7 @@ from optcompiler_passes._reconstruction import (
     Cache,
     Learner,
     Lesson,
+    NoSamples,
     State,
     Tensor,
     learn,
@@ -51,8 +52,10 @@ def reconstruct(
     """
     kept = context.choices.keep("reconstruct: device", lambda: device_of(options.device))
     with deterministic():
-        work = _Work(student, context, options, device_named(kept))
-        states, told = work.done()
+        try:
+            states, told = _Work(student, context, options, device_named(kept)).done()
+        except NoSamples as reason:
+            raise Declined(f"{reason}.") from reason
     if not any(states):
         raise Declined("no block came nearer to the teacher on data held out.")
     _write(student, {name: array for state in states for name, array in state.items()})
@@ -76,7 +79,8 @@ class _Work:
         self.options = options
         self.device = device
         self.start = student
-        self.batches = [*context.calibration, *context.holdout]
+        self.calibration, self.holdout = _alike(context.calibration, context.holdout)
+        self.batches = [*self.calibration, *self.holdout]
         teacher = context.teacher
         sizes = {size_of(b) for b in self.batches}
         fixed = {p.shape[0] for p in teacher.inputs if p.shape and isinstance(p.shape[0], int)}
@@ -94,7 +98,7 @@ class _Work:
         names = [p.name for p in self.start.inputs]
         each = max(self._bytes_per_sample(), 1)
         most = max(8, min(self.options.samples, MOST_BYTES // each))
-        training, judging = _taken(self.context.calibration, self.context.holdout, most)
+        training, judging = _taken(self.calibration, self.holdout, most)
         arrays = {
             n: torch.from_numpy(np.concatenate([b[n] for b in (*training, *judging)]))
             for n in names
@@ -213,11 +217,33 @@ class _Work:
             "teacher": self.context.teacher.content_hash(), "data": data.hexdigest(),
             "options": json.dumps(options, sort_keys=True), "seed": self.context.seed,
             "device": self.device.type, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "held out": len(self.context.holdout),
+            "torch": torch.__version__, "held out": len(self.holdout),
         }  # fmt: skip
 
 
 # -- samples --------------------------------------------------------------------------------
+
+
+def _alike(
+    calibration: Sequence[Batch], holdout: Sequence[Batch]
+) -> tuple[list[Batch], list[Batch]]:
+    """Those batches whose samples have the shape that most samples have.
+
+    Raises `Declined` where inputs do not share their first axis.
+    """
+    counts: dict[tuple[tuple[int, ...], ...], int] = {}
+    for batch in (*calibration, *holdout):
+        sizes = {a.shape[0] if a.ndim else -1 for a in batch.values()}
+        if len(sizes) != 1 or -1 in sizes:
+            raise Declined("the inputs do not have samples along one first axis.")
+        shape = tuple(a.shape[1:] for a in batch.values())
+        counts[shape] = counts.get(shape, 0) + size_of(batch)
+    most = max(counts, key=lambda s: counts[s])
+
+    def kept(batches: Sequence[Batch]) -> list[Batch]:
+        return [b for b in batches if tuple(a.shape[1:] for a in b.values()) == most]
+
+    return kept(calibration), kept(holdout)
 
 
 def _taken(

@@ -61,8 +61,8 @@ class Reconstruct(Pass):
 
     steps: int | None = None
     learning_rate: float = 2e-3
-    rounding_rate: float = 2e-2
-    rounding_weight: float = 0.2
+    rounding_rate: float = 5e-2
+    rounding_weight: float = 1.0
     rounding: str = "auto"
     learn: tuple[str, ...] = ROLES
     weighting: str = "fisher"
@@ -118,6 +118,10 @@ class Reconstruct(Pass):
             "program", "block by block", rewrite, exact=False,
             note=f"learns from {samples} samples", details=details,
         )  # fmt: skip
+
+    def rounds(self, levels: int) -> bool:
+        """Whether the rounding of weights of so many levels is learnt."""
+        return "rounding" in self.learn and (levels < 256 or self.rounding == "all")
 
     def steps_for(self, fewest_bits: int, work: float) -> int:
         """Steps of each unit; `work` is multiply-accumulates of one step of all units."""

@@ -65,6 +65,7 @@ class OnnxRuntimeBackend(Backend):
             any_port=True,
             float_outputs=frozenset({"MatMul", "Gemm"}),
             stored_weight_ops=frozenset({"MatMul"}),
+            emulated=frozenset({"w4a8", "w4a4"}),
         )
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
