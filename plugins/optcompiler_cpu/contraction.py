@@ -8,6 +8,7 @@ terms; its epilogue reads them from a small buffer on the stack.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
@@ -383,6 +384,12 @@ def scales(step: Conv | MatMul, isa: Isa) -> np.ndarray:
     scale = np.zeros(largest(count) + isa.lanes, np.float32)
     scale[: largest(count)] = step.a.quantization.scale * step.b.quantization.scale
     return scale
+
+
+def largest_sum(step: Conv | MatMul) -> float:
+    """A bound of what a sum times its scale may be, infinite for sums that are not of integers."""
+    a, b = step.a.quantization, step.b.quantization
+    return math.inf if a is None or b is None else float(2.0**31 * (a.scale * b.scale).max())
 
 
 def row_strides(step: Conv | MatMul, view: View) -> tuple[tuple[int, ...], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -38,6 +39,9 @@ NEAR = frozenset({"gelu", "gelu_tanh"})
 NEAR_SCALE = 0.004
 """Functions with a shorter form that is off by a thirtieth of this step at most."""
 
+SAFE = 2.0**30
+"""Below this a whole number keeps its sign when a zero point is added to it."""
+
 PLAIN = (0.0, 1.0, -1.0, 0.5, 2.0)
 """Constants that stay in the code; others are parameters, so that like kernels share code."""
 
@@ -52,6 +56,10 @@ class Params:
         if value not in self.values:
             self.values.append(value)
         return f"p[{self.values.index(value)}]"
+
+    def whole(self, value: int) -> str:
+        """A whole number as an int; 0 stays in the code, which is shorter for it."""
+        return f"(int){self.add(float(value))}" if value else "0"
 
 
 @dataclass
@@ -122,13 +130,23 @@ def without_clips(arg: Expr, inverse: float, low: int, high: int) -> Expr:
     return arg
 
 
+def _unclipped(expr: Quantize) -> Expr:
+    """What is quantised, given a constant scale and zero point, without needless clips."""
+    assert isinstance(expr.scale, Const)
+    assert isinstance(expr.zero_point, Const)
+    low, high = LIMITS[expr.dtype]
+    zero = int(expr.zero_point.value)
+    return without_clips(expr.arg, 1 / expr.scale.value, low - zero, high - zero)
+
+
 class VectorPrinter:
     """Prints an expression as statements, each at the outermost level where it is constant.
 
     `place` locates a load, `accumulator` is the C expression (vf, or vi for integers) of the
     accumulator. `count` is None for whole vectors, else the C expression of the lanes in use.
-    `factor` splits an accumulator into (sum, scale), so that requantisation is one product.
-    Names of variables begin with `prefix`.
+    `factor` splits an accumulator into (sum, scale), so that requantisation is one product, whose
+    magnitude before the result's own scale is at most `largest`. Names of variables begin with
+    `prefix`.
     """
 
     def __init__(
@@ -139,10 +157,12 @@ class VectorPrinter:
         count: str | None = None,
         factor: tuple[str, str] | None = None,
         prefix: str = "t",
+        largest: float = math.inf,
     ) -> None:
         self.params = params
         self.prefix = prefix
         self.factor = factor
+        self.largest = largest
         self._texts: dict[str, str] = {}
         self.place = place
         self.accumulator = accumulator
@@ -244,11 +264,8 @@ class VectorPrinter:
     def _scaled(self, expr: Quantize) -> tuple[str, int]:
         """What is rounded, given a constant scale and zero point."""
         assert isinstance(expr.scale, Const)
-        assert isinstance(expr.zero_point, Const)
-        low, high = LIMITS[expr.dtype]
-        inverse, zero = 1 / expr.scale.value, int(expr.zero_point.value)
-        factor = f"vf_set({self._number(inverse)})"
-        arg = without_clips(expr.arg, inverse, low - zero, high - zero)
+        factor = f"vf_set({self._number(1 / expr.scale.value)})"
+        arg = _unclipped(expr)
         if isinstance(arg, Accumulator) and self.factor is not None:
             raw, scales = self.factor
             return f"vf_mul({raw}, {self._shared(f'vf_mul({scales}, {factor})', 1)})", 2
@@ -260,13 +277,23 @@ class VectorPrinter:
     def unpacked(self, expr: Quantize) -> str:
         """Whole numbers less the zero point, not saturated below: for `vi_join_u8` and its like."""
         text, level = self._scaled(expr)
+        assert isinstance(expr.scale, Const)
         assert isinstance(expr.zero_point, Const)
+        if self._is_sum(expr) and self.largest / expr.scale.value < SAFE:
+            return self._whole_number(text, level)
         high = self._number(float(LIMITS[expr.dtype][1] - int(expr.zero_point.value)))
+        # of a NaN and a number the second: it becomes the least integer
+        return self._whole_number(f"vf_min(vf_set({high}), {text})", level)
+
+    def _whole_number(self, text: str, level: int) -> str:
         name = f"{self.prefix}{self._made}"
         self._made += 1
-        # of a NaN and a number the second: it becomes the least integer
-        self.lines[level].append(f"const vi {name} = vf_int(vf_min(vf_set({high}), {text}));")
+        self.lines[level].append(f"const vi {name} = vf_int({text});")
         return name
+
+    def _is_sum(self, expr: Quantize) -> bool:
+        """Whether a sum and its scale are all that is quantised, once needless clips are gone."""
+        return self.factor is not None and isinstance(_unclipped(expr), Accumulator)
 
     def _whole(self, value: int) -> str:
         return f"(int32_t){self._number(float(value))}"

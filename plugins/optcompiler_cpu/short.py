@@ -16,6 +16,7 @@ from optcompiler_cpu.contraction import (
     Shape,
     Tiles,
     conv_shape,
+    largest_sum,
     matmul_shape,
     prepared,
     print_contraction,
@@ -102,7 +103,10 @@ def _ending(
             columns.append(f"const vf scales{j} = vf_load(scale + n + {j} * VL);")
             spelled = f"vf_mul(vi_float(SUM_{j}), scales{j})"
             factor = (f"vi_float(SUM_{j})", f"scales{j}")
-        printer = VectorPrinter(pointers.params, place, spelled, factor=factor, prefix=f"t{j}_")
+        printer = VectorPrinter(
+            pointers.params, place, spelled, factor=factor, prefix=f"t{j}_",
+            largest=largest_sum(step),
+        )  # fmt: skip
         if packed:
             assert isinstance(step.epilogue, Quantize)
             results.append(printer.unpacked(step.epilogue))
@@ -116,10 +120,8 @@ def _ending(
         assert isinstance(step.epilogue.zero_point, Const)
         verb = "vi_join_u8" if step.epilogue.dtype == "UINT8" else "vi_join_s8"
         four = ", ".join((results * 2)[:4])
-        zero = int(step.epilogue.zero_point.value)
-        row.append(
-            f"{verb}({target.pointer}, {four}, {vectors}, (int){pointers.params.add(float(zero))});"
-        )
+        zero = pointers.params.whole(int(step.epilogue.zero_point.value))
+        row.append(f"{verb}({target.pointer}, {four}, {vectors}, {zero});")
     lines = [*once, *columns]
     for r in range(rows):
         lines.append("{")

@@ -90,14 +90,16 @@ INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 INLINE float vf_hmin(vf a) { return _mm512_reduce_min_ps(a); }
 INLINE vf vf_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
+/* a and b as 16-bit integers, saturated, plus `zero`, which is often the constant 0 */
+INLINE __m512i oc_pack(vi a, vi b, int zero) {
+  const __m512i ab = _mm512_packs_epi32(a, b);
+  return __builtin_constant_p(zero) && zero == 0 ? ab : _mm512_adds_epi16(ab, _mm512_set1_epi16((short)zero));
+}
 /* as many of a, b, c, d as `count` says (2 to 4) plus `zero`, saturated, as adjacent bytes */
 #define OC_JOIN(name, pack)                                                                             \
   INLINE void name(void *p, vi a, vi b, vi c, vi d, int count, int zero) {                                \
-    const __m512i z = _mm512_set1_epi16((short)zero);                                                     \
-    const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), z);                                    \
-    const __m512i cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), z);                                    \
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);         \
-    const __m512i bytes = _mm512_permutexvar_epi32(order, pack(ab, cd));                                  \
+    const __m512i bytes = _mm512_permutexvar_epi32(order, pack(oc_pack(a, b, zero), oc_pack(c, d, zero))); \
     if (count == 4) _mm512_storeu_si512(p, bytes);                                                        \
     else if (count == 2) _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(bytes));                \
     else _mm512_mask_storeu_epi32(p, (__mmask16)0x0fff, bytes);                                           \
@@ -106,12 +108,41 @@ OC_JOIN(vi_join_u8, _mm512_packus_epi16)
 OC_JOIN(vi_join_s8, _mm512_packs_epi16)
 INLINE vi vi_dot4(vi c, vi bytes, vi w) { return _mm512_dpbusd_epi32(c, bytes, w); }
 #define OC_LIVE(n) ((n) == 64 ? ~0ull : (1ull << (n)) - 1)
-/* the first `live` of 64 bytes at four places as lanes of four; vector q has 16 l + 4 q + (0 to 3), l from 0 to 3 */
-INLINE void vi_unpack(const uint8_t *p, const uint8_t *q, const uint8_t *r, const uint8_t *s, int live, vi *x0, vi *x1,
-                      vi *x2, vi *x3) {
-  const __mmask64 m = OC_LIVE(live);
-  const __m512i a = _mm512_maskz_loadu_epi8(m, p), b = _mm512_maskz_loadu_epi8(m, q);
-  const __m512i c = _mm512_maskz_loadu_epi8(m, r), d = _mm512_maskz_loadu_epi8(m, s);
+/* the first `live` of 64 bytes */
+INLINE vi vi_bytes(const uint8_t *p, int live) {
+  if (__builtin_constant_p(live) && live == 64) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi8(OC_LIVE(live), p);
+}
+INLINE void vi_bytes_to(void *p, int live, vi v) {
+  if (live == 64) _mm512_storeu_si512(p, v);
+  else _mm512_mask_storeu_epi8(p, OC_LIVE(live), v);
+}
+/* `live` bytes of pixels `stride` apart, of 16 or 32 channels each */
+INLINE vi vi_pixels(const uint8_t *p, long stride, int channels, int live) {
+  if (channels == 32) {
+    const vi one = _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)p));
+    return live == 32 ? one : _mm512_inserti64x4(one, _mm256_loadu_si256((const __m256i *)(p + stride)), 1);
+  }
+  vi all = _mm512_zextsi128_si512(_mm_loadu_si128((const __m128i *)p));
+  if (live > 16) all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(p + stride)), 1);
+  if (live > 32) all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(p + 2 * stride)), 2);
+  if (live > 48) all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(p + 3 * stride)), 3);
+  return all;
+}
+INLINE void vi_pixels_to(void *to, long stride, int channels, int live, vi v) {
+  uint8_t *const p = to;
+  if (channels == 32) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(v));
+    if (live > 32) _mm256_storeu_si256((__m256i *)(p + stride), _mm512_extracti64x4_epi64(v, 1));
+    return;
+  }
+  _mm_storeu_si128((__m128i *)p, _mm512_castsi512_si128(v));
+  if (live > 16) _mm_storeu_si128((__m128i *)(p + stride), _mm512_extracti32x4_epi32(v, 1));
+  if (live > 32) _mm_storeu_si128((__m128i *)(p + 2 * stride), _mm512_extracti32x4_epi32(v, 2));
+  if (live > 48) _mm_storeu_si128((__m128i *)(p + 3 * stride), _mm512_extracti32x4_epi32(v, 3));
+}
+/* bytes of four places as lanes of four; vector q has 16 l + 4 q + (0 to 3), l from 0 to 3 */
+INLINE void vi_unpack(vi a, vi b, vi c, vi d, vi *x0, vi *x1, vi *x2, vi *x3) {
   const __m512i low = _mm512_unpacklo_epi8(a, b), high = _mm512_unpackhi_epi8(a, b);
   const __m512i below = _mm512_unpacklo_epi8(c, d), above = _mm512_unpackhi_epi8(c, d);
   *x0 = _mm512_unpacklo_epi16(low, below);
@@ -119,17 +150,13 @@ INLINE void vi_unpack(const uint8_t *p, const uint8_t *q, const uint8_t *r, cons
   *x2 = _mm512_unpacklo_epi16(high, above);
   *x3 = _mm512_unpackhi_epi16(high, above);
 }
-/* vectors in that order plus `zero`, saturated, as the first `live` of 64 bytes */
-#define OC_JOIN_LANES(name, pack)                                                               \
-  INLINE void name(void *p, vi a, vi b, vi c, vi d, int live, int zero) {                  \
-    const __m512i z = _mm512_set1_epi16((short)zero);                                      \
-    const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), z);                     \
-    const __m512i bytes = pack(ab, _mm512_adds_epi16(_mm512_packs_epi32(c, d), z));        \
-    if (live == 64) _mm512_storeu_si512(p, bytes);                                         \
-    else _mm512_mask_storeu_epi8(p, OC_LIVE(live), bytes);                                 \
-  }
-OC_JOIN_LANES(vi_join_lanes_u8, _mm512_packus_epi16)
-OC_JOIN_LANES(vi_join_lanes_s8, _mm512_packs_epi16)
+/* vectors in that order plus `zero`, saturated, as 64 bytes */
+INLINE vi vi_join_lanes_u8(vi a, vi b, vi c, vi d, int zero) {
+  return _mm512_packus_epi16(oc_pack(a, b, zero), oc_pack(c, d, zero));
+}
+INLINE vi vi_join_lanes_s8(vi a, vi b, vi c, vi d, int zero) {
+  return _mm512_packs_epi16(oc_pack(a, b, zero), oc_pack(c, d, zero));
+}
 /* bytes of `count` planes (2 to 4) as pixels: a[0] b[0] ... a[1] b[1] ..., the first n pixels */
 INLINE void vi_weave(void *p, vi a, vi b, vi c, vi d, int count, int n) {
   const __m512i low = _mm512_set1_epi32(255);
