@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from optcompiler.lowering.build import view_array
-from optcompiler.lowering.extents import c_long
+from optcompiler.lowering.extents import c_long, symbols
 from optcompiler.lowering.ir import Const, Conv, Quantize, View, loads
 from optcompiler_cpu.code import KernelCode, Pointers, indent, linear
 from optcompiler_cpu.contraction import largest_sum
@@ -58,8 +58,11 @@ class Tile:
 
 def is_bytes(step: Conv, isa: Isa) -> bool:
     """Whether the step, a direct depthwise one, has bytes in and out and fills its vectors."""
-    rest = step.out.shape[1] % GROUP
-    return _fits(step, isa) and (rest == 0 or rest > GROUP // 2 or _side_by_side(step) > 1)
+    _, channels, _, ow = step.out.shape
+    rest = channels % GROUP
+    full = rest == 0 or rest > GROUP // 2 or _side_by_side(step) > 1
+    # of a width that is known at run time alone there is no other kernel
+    return _fits(step, isa) and (full or bool(symbols(ow)))
 
 
 def tail_of(step: Conv, isa: Isa) -> int:
@@ -83,8 +86,8 @@ def _fits(step: Conv, isa: Isa) -> bool:
 
 def _side_by_side(step: Conv) -> int:
     """Pixels whose channels are the lanes of one group."""
-    channels = step.out.shape[1]
-    return min(GROUP // channels, step.out.shape[3]) if channels in {16, 32} else 1
+    _, channels, _, ow = step.out.shape
+    return 1 if symbols(ow) or channels not in {16, 32} else min(GROUP // channels, ow)
 
 
 def _along_channels(view: View) -> bool:
@@ -95,20 +98,21 @@ def _along_channels(view: View) -> bool:
 
 
 def best_tile(step: Conv) -> Tile:
-    """The tile of fewest instructions an output."""
+    """The tile of fewest instructions an output; of one where a size is known at run time alone."""
     _, _, oh, ow = step.out.shape
     side = _side_by_side(step)
+    most_rows = 1 if symbols(oh) else min(oh, 2)
+    most_columns = 1 if symbols(ow) else -(-ow // side)
     tiles = [Tile(1, 1, FLAT)]
     for order in (DOWN, RIGHT):
-        for rows in (1, 2):
-            for columns in range(1, MOST_OUTPUTS // rows + 1):
-                if rows <= oh and columns <= -(-ow // side):
-                    tiles.append(Tile(rows, columns, order))
+        for rows in range(1, most_rows + 1):
+            for columns in range(1, min(most_columns, MOST_OUTPUTS // rows) + 1):
+                tiles.append(Tile(rows, columns, order))
 
     def cost(tile: Tile) -> float:
         found = quads(step, tile)
         count = sum(UNPACKS + VECTORS * len(quad.outputs) for quad in found)
-        again = -(-oh // tile.rows) * tile.rows / oh
+        again = 1 if tile.rows == 1 else -(-oh // tile.rows) * tile.rows / oh
         return count * again / (tile.rows * tile.columns) if found else math.inf
 
     return min(tiles, key=cost)
@@ -236,7 +240,9 @@ def print_depthwise_bytes(step: Conv, isa: Isa) -> KernelCode:
         """The name of a per-channel constant in the order of the vectors."""
         key = id(view)
         if key not in named:
-            values = view_array(view.broadcast(step.out.shape))[0, :, 0, 0]
+            for axis in (0, 2, 3):
+                view = view.slice(axis, 0, 1)
+            values = view_array(view.broadcast((1, channels, 1, 1))).reshape(channels)
             named[key] = f"k{len(named)}"
             pointers.data(named[key], unpacked_order(padded(values, np.float32)), "float")
         return named[key]
@@ -302,8 +308,7 @@ def print_depthwise_bytes(step: Conv, isa: Isa) -> KernelCode:
             yield "}"
         for o in outputs:
             y, x = divmod(o, columns)
-            guarded = y == 0 and oh % tile.rows != 0
-            yield "if (fresh) {" if guarded else "{"
+            yield "if (fresh) {" if odd and y == 0 else "{"
             yield from (f"  {line}".replace("SUM", f"c{o}") for line in pixel)
             four = ", ".join(results)
             to = f"to + {c_long(y * oy + x * side * ox)}"
@@ -312,19 +317,21 @@ def print_depthwise_bytes(step: Conv, isa: Isa) -> KernelCode:
             yield "}"
 
     across = tile.columns * side
-    whole = ow - ow % across
-    down = -(-oh // tile.rows)
-    top = "unit % {0} * {1}" if oh % tile.rows == 0 else "unit % {0} < {2} ? unit % {0} * {1} : {3}"
+    rest = 0 if across == 1 else ow % across
+    odd = tile.rows > 1 and oh % tile.rows != 0
+    down = oh if tile.rows == 1 else -(-oh // tile.rows)
+    top = f"unit % {down} * {tile.rows}"
+    if odd:  # the last two rows, of which the first was made before
+        top = f"unit % {down} < {down - 1} ? {top} : {oh - tile.rows}"
     body = [
         "(void)scratch;",
         *once,
         f"const long first = (long)part * {n * down} / parts;",
         f"const long last = (long)(part + 1) * {n * down} / parts;",
         "for (long unit = first; unit < last; ++unit) {",
-        f"  const long i = unit / {down}, "
-        f"y = {top.format(down, tile.rows, down - 1, oh - tile.rows)};",
+        f"  const long i = unit / {down}, y = {top};",
         "  (void)i;",
-        *([f"  const int fresh = y % {tile.rows} == 0;"] if oh % tile.rows else []),
+        *([f"  const int fresh = y % {tile.rows} == 0;"] if odd else []),
         f"  for (int g = 0; g < {groups}; ++g) {{",
         *(
             [
@@ -341,16 +348,15 @@ def print_depthwise_bytes(step: Conv, isa: Isa) -> KernelCode:
         f"    {'int8_t' if step.epilogue.dtype == 'INT8' else 'uint8_t'} *to = {out} + "
         f"{linear(['i', 'y', 'g'], (on, oy, GROUP), step.out.offset)};",
     ]
-    if whole:
+    if across == 1 or ow > rest:
         body += [
-            f"    for (int x = 0; x < {whole}; x += {across}) {{",
+            f"    for (int x = 0; x < {ow - rest}; x += {across}) {{",
             *(f"      {line}" for line in printed(tile.columns, across)),
             f"      from += {across * pixel_in};",
             f"      to += {across * ox};",
             "    }",
         ]
-    if whole < ow:
-        rest = ow - whole
+    if rest:
         body += ["    {", *(f"      {line}" for line in printed(-(-rest // side), rest)), "    }"]
     body += ["  }", "}"]
     body = [*pointers.declarations(body), *body]

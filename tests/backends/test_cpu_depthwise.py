@@ -9,9 +9,10 @@ import pytest
 
 from optcompiler.lowering.ir import Conv
 from optcompiler.program import Program
-from optcompiler_cpu.backend import emit
+from optcompiler.target import Target
+from optcompiler_cpu.backend import CpuBackend, emit
 from optcompiler_cpu.depthwise_bytes import DOWN, FLAT, best_tile
-from optcompiler_cpu.isa import named_isas
+from optcompiler_cpu.isa import ISAS, named_isas, supported
 from tests.backends.test_cpu import HERE, compiled, program
 from tests.backends.test_cpu_integers import integers, scale
 from tests.support import random_inputs, run_onnx
@@ -36,9 +37,13 @@ CASES = {
 }
 
 
-def source_of(case: str, output: str, step: float = 7 / 255, bias: str = ", b") -> Program:
+def source_of(
+    case: str, output: str, step: float = 7 / 255, bias: str = ", b",
+    height: str = "", width: str = "",
+) -> Program:  # fmt: skip
     """A depthwise convolution from bytes to bytes of scale `step`, by default with a float bias."""
-    channels, (height, width), kernel, options = CASES[case]
+    channels, size, kernel, options = CASES[case]
+    height, width = height or str(size[0]), width or str(size[1])
     pad = kernel // 2
     given = "".join(f", {name} = {list(values)}" for name, values in options.items())
     return program(
@@ -87,6 +92,25 @@ def test_only_sums_that_may_be_larger_are_held_below_32_bits() -> None:
         text = "".join(t for name, t in module.sources.items() if "kernels_" in name)
         [kernel] = [part for part in text.split("\nvoid ") if "vi_join_lanes_u8" in part]
         assert ("vf_int(vf_min(" in kernel) == held
+
+
+@pytest.mark.parametrize("axis", ["height", "width"])
+@pytest.mark.parametrize("case", ["whole groups", "a tail", "two pixels side by side"])
+def test_sizes_at_run_time(case: str, axis: str, tmp_path: Path) -> None:
+    if not supported(ISAS["avx512_vnni"]):
+        pytest.skip("needs AVX-512 with VNNI")
+    source = source_of(case, "uint8", height="size" if axis == "height" else "",
+                       width="size" if axis == "width" else "")  # fmt: skip
+    target = Target("cpu", threads=1, isa="avx512_vnni", sizes={"size": (3, 8)})
+    backend = CpuBackend()
+    runner = backend.load(tmp_path, backend.lower(source, target, tmp_path), threads=1)
+    for size in range(3, 9):
+        inputs = random_inputs(source, 7, dynamic=size)
+        [got], [want] = runner.run(inputs), run_onnx(source, inputs)
+        assert got.shape == want.shape
+        assert np.abs(got.astype(int) - want.astype(int)).max() <= 1
+        assert (got == want).mean() > 0.98
+    runner.close()
 
 
 def test_a_tile_shares_what_it_unpacks() -> None:
