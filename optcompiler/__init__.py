@@ -11,6 +11,7 @@ from optcompiler._version import __version__
 from optcompiler.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from optcompiler.augmenting import augment
     from optcompiler.backend import Backend, Capabilities, Kernel, Runner
     from optcompiler.budget import Budget
     from optcompiler.compiled import Compiled, load
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from optcompiler.plugins import Registry
     from optcompiler.program import Program
     from optcompiler.rewriting import Candidate, Decline, Pass, PassContext, Stage
+    from optcompiler.selecting import select
+    from optcompiler.synthesizing import synthetic
     from optcompiler.target import Target
 
 _HOMES = {
@@ -41,14 +44,18 @@ _HOMES = {
     "Runner": "backend",
     "Stage": "rewriting",
     "Target": "target",
+    "augment": "augmenting",
     "compile": "compiler",
     "load": "compiled",
+    "select": "selecting",
+    "synthetic": "synthesizing",
 }
 
 __all__ = [
     "Backend", "Budget", "Candidate", "Capabilities", "Compiled", "Decline", "Declined",
     "GateError", "Kernel", "Ledger", "OptcompilerError", "Pass", "PassContext", "Program",
-    "Registry", "Runner", "Stage", "Target", "__version__", "compile", "hookimpl", "load",
+    "Registry", "Runner", "Stage", "Target", "__version__", "augment", "compile", "hookimpl",
+    "load", "select", "synthetic",
 ]  # fmt: skip
 
 

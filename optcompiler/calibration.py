@@ -1,4 +1,5 @@
-"""Calibration data: batches of named arrays from an iterable, a folder of .npz or a callable."""
+"""Calibration data: batches of named arrays from an iterable, a folder of .npz, a callable, or a
+source that makes them."""
 
 from __future__ import annotations
 
@@ -15,6 +16,13 @@ from typing import IO, Any, cast
 import numpy as np
 
 from optcompiler.bounds import memory_bytes
+from optcompiler.calibration_sources import (
+    CalibrationSource,
+    Given,
+    batch_dimension,
+    part,
+    sample_count,
+)
 from optcompiler.errors import InputError
 from optcompiler.program import Port
 from optcompiler.reading import not_finite
@@ -41,40 +49,39 @@ def load_calibration(
     source: Any,
     signature: Signature,
     *,
-    max_samples: int = MAX_SAMPLES,
+    max_samples: int | None = None,
     note: Callable[[str], None] | None = None,
+    given: Given | None = None,
 ) -> list[Batch]:
     """Read at most `max_samples` samples from `source`, checked against the signature's inputs.
 
-    `source` is None (no batches), an iterable of batches, a callable returning one, or a folder of
-    .npz files, read in the order of their names. A batch is a tensor or array, a tuple of
-    positional arguments, or a dict by argument or input name. Where every input begins with the
-    same static batch dimension, batches of other sizes are regrouped to it and a remainder is
-    dropped; where that dimension is symbolic, fewer than four batches are split to make four.
-    `note` hears of what was dropped.
+    `source` is None (no batches), an iterable of batches, a callable returning one, a folder of
+    .npz files, read in the order of their names, or a `CalibrationSource`, which needs `given`. A
+    batch is a tensor or array, a tuple of positional arguments, or a dict by argument or input
+    name. Where every input begins with the same static batch dimension, batches of other sizes are
+    regrouped to it and a remainder is dropped; where that dimension is symbolic, fewer than four
+    batches are split to make four. `note` hears of what was dropped.
+
+    `max_samples` is by default `MAX_SAMPLES`, or the count of a source that makes samples. Nothing
+    is read after the batch that reaches it, and of a batch no more is kept than is used.
 
     Raises `InputError` naming the batch and the input: for one that does not fit, and for NaN or
     infinite values (a mask of zeros, ones and infinities may pass).
     """
     if source is None:
         return []
-    odd = [port for port in signature.inputs if port.kind != "tensor"]
-    if odd:
-        raise InputError(
-            f"calibration: input {odd[0]} is no tensor of known rank, which calibration needs; "
-            f"compile with precision 'fp32' and without calibration."
-        )
-    dimension = _batch_dimension(signature.inputs)
-    relaxed = signature
-    if dimension is not None:
-        ports = tuple(replace(p, shape=(_BATCH, *p.shape[1:])) for p in signature.inputs)
-        relaxed = replace(signature, inputs=ports)
+    if max_samples is None:
+        made = isinstance(source, CalibrationSource)
+        max_samples = source.count if made else MAX_SAMPLES
+    elif max_samples < 1:
+        raise InputError(f"calibration: {max_samples} samples are asked for; give 1 or more.")
+    dimension = batch_dimension(signature.inputs)
     batches: list[Batch] = []
     samples = 0
-    for where, item in _items(source):
-        batch = _checked(relaxed, item, where)
-        size = _samples(batch) if dimension is not None else 1
-        batch = _part(batch, 0, max_samples - samples) if samples + size > max_samples else batch
+    for batch in read_batches(source, signature, given):
+        size = sample_count(batch) if dimension is not None else 1
+        if samples + size > max_samples:
+            batch = {n: a.copy() for n, a in part(batch, 0, max_samples - samples).items()}
         batches.append(batch)
         samples += size
         if samples >= max_samples:
@@ -86,6 +93,22 @@ def load_calibration(
     if dimension is not None and len(batches) < HOLDOUT_FROM <= samples:
         return _regrouped(batches, math.ceil(samples / HOLDOUT_FROM), None, keep_rest=True)
     return batches
+
+
+def read_batches(source: Any, signature: Signature, given: Given | None = None) -> Iterator[Batch]:
+    """All batches of `source` one by one, of any number of samples, checked as they come."""
+    odd = [port for port in signature.inputs if port.kind != "tensor"]
+    if odd:
+        raise InputError(
+            f"calibration: input {odd[0]} is no tensor of known rank, which calibration needs; "
+            f"compile with precision 'fp32' and without calibration."
+        )
+    relaxed = signature
+    if batch_dimension(signature.inputs) is not None:
+        ports = tuple(replace(p, shape=(_BATCH, *p.shape[1:])) for p in signature.inputs)
+        relaxed = replace(signature, inputs=ports)
+    for where, item in _items(source, given):
+        yield _checked(relaxed, item, where)
 
 
 def split_holdout(
@@ -107,8 +130,16 @@ def split_holdout(
 # -- reading --------------------------------------------------------------------------------
 
 
-def _items(source: Any) -> Iterator[tuple[str, Any]]:
+def _items(source: Any, given: Given | None) -> Iterator[tuple[str, Any]]:
     """Batches as they come, each with the words that an error calls it by."""
+    if isinstance(source, CalibrationSource):
+        if given is None:
+            raise InputError(
+                f"calibration: {source.name} makes samples for a model; pass it to compile."
+            )
+        for index, batch in enumerate(source.batches(given)):
+            yield f"calibration batch {index} of {source.name}", batch
+        return
     if isinstance(source, (str, os.PathLike)):
         yield from _folder(Path(cast("str | os.PathLike[str]", source)))
         return
@@ -242,20 +273,6 @@ def _as_arrays(named: Mapping[Any, Any], ports: Sequence[Port]) -> dict[str, np.
 # -- regrouping -----------------------------------------------------------------------------
 
 
-def _batch_dimension(ports: Sequence[Port]) -> int | str | None:
-    """The dimension that every input begins with, when there is one."""
-    first = {p.shape[0] if p.shape else None for p in ports}
-    return first.pop() if len(first) == 1 and first != {"?"} else None
-
-
-def _samples(batch: Batch) -> int:
-    return next(iter(batch.values())).shape[0]
-
-
-def _part(batch: Batch, start: int, stop: int) -> Batch:
-    return {name: array[start:stop] for name, array in batch.items()}
-
-
 def _regrouped(
     batches: Sequence[Batch], size: int, note: Callable[[str], None] | None, keep_rest: bool = False
 ) -> list[Batch]:
@@ -263,7 +280,7 @@ def _regrouped(
 
     Samples of different shapes stay in batches of their own.
     """
-    if all(_samples(b) == size for b in batches):
+    if all(sample_count(b) == size for b in batches):
         return list(batches)
     alike: dict[tuple[tuple[int, ...], ...], list[Batch]] = {}
     for batch in batches:
@@ -272,11 +289,11 @@ def _regrouped(
     dropped = 0
     for group in alike.values():
         whole = {name: np.concatenate([b[name] for b in group]) for name in group[0]}
-        rest = 0 if keep_rest else _samples(whole) % size
+        rest = 0 if keep_rest else sample_count(whole) % size
         dropped += rest
-        end = _samples(whole) - rest
-        made += [_part(whole, start, start + size) for start in range(0, end, size)]
-    count = sum(map(_samples, batches))
+        end = sample_count(whole) - rest
+        made += [part(whole, start, start + size) for start in range(0, end, size)]
+    count = sum(map(sample_count, batches))
     if not made:
         raise InputError(
             f"calibration: {count} samples given, the model takes batches of {size}; give more."

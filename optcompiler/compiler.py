@@ -70,6 +70,7 @@ def compile(
     target: str | Target = "onnxruntime",
     precision: Precision = "auto",
     calibration: Any = None,
+    calibration_samples: int | None = None,
     budget: Budget | None = None,
     passes: Iterable[str | Pass | type[Pass]] | None = None,
     dynamic: Any = None,
@@ -90,7 +91,9 @@ def compile(
     ModelProto, an onnx_ir Model or a Program. `example_inputs`: a tuple, or a dict by name; not
     needed for ONNX. `precision`: "fp32" (exact passes only), a precision of the target such as
     "int8" or "bf16", or "auto" (all that the target has). `calibration`: an iterable of inputs, a
-    folder of .npz files, or None.
+    folder of .npz files, a source that makes samples (`synthetic`, `select`, `augment`), or None.
+    `calibration_samples`: how many samples are kept of it at most, by default 512 or as many as
+    such a source makes.
     `passes`: None for the default pipeline, else names (with options), passes, or "default".
     `dynamic`: dimensions that stay symbolic, see `frontend.import_model`; with bounds, as
     `{"batch": (1, 32)}`, the artifact takes every size from the one to the other.
@@ -113,10 +116,10 @@ def compile(
     with collecting_seldom(), arithmetic_threads(lock.threads if lock else threads):
         job = Job.prepare(
             model, example_inputs, target=target, precision=precision, calibration=calibration,
-            budget=budget or Budget(), passes=passes, dynamic=dynamic, damage=damage,
-            cost_model=cost_model, seed=seed, registry=registry or Registry(),
-            progress=progress or Silent(), on_fault=on_fault, time_limit_s=time_limit_s,
-            reproducers=reproducers, timing=timing, lock=lock,
+            calibration_samples=calibration_samples, budget=budget or Budget(), passes=passes,
+            dynamic=dynamic, damage=damage, cost_model=cost_model, seed=seed,
+            registry=registry or Registry(), progress=progress or Silent(), on_fault=on_fault,
+            time_limit_s=time_limit_s, reproducers=reproducers, timing=timing, lock=lock,
         )  # fmt: skip
         return job.run()
 
@@ -158,10 +161,11 @@ class Job:
         calibration: Any, budget: Budget, passes: Any, dynamic: Any, damage: str, cost_model: str,
         seed: int, registry: Registry, progress: Progress, on_fault: str,
         time_limit_s: float | None, reproducers: str | Path | None, timing: bool = True,
-        lock: Lock | None = None,
+        lock: Lock | None = None, calibration_samples: int | None = None,
     ) -> Job:  # fmt: skip
         from optcompiler.bounds import refuse_what_cannot_run
         from optcompiler.calibration import load_calibration, split_holdout
+        from optcompiler.calibration_sources import CalibrationSource, Given
         from optcompiler.frontend import import_model, split_bounds
 
         start = time.perf_counter()
@@ -189,7 +193,10 @@ class Job:
         if not capabilities.any_port:
             require_tensors(teacher, f"target {target}")
         teacher = protected(teacher)
-        batches = load_calibration(calibration, signature, note=progress.note)
+        batches = load_calibration(
+            calibration, signature, max_samples=calibration_samples, note=progress.note,
+            given=Given(teacher, signature, registry.ops, seed, progress),
+        )  # fmt: skip
         batches = [protected_batch(b) for b in batches]
         if precision not in ("auto", "fp32") and not batches:
             raise InputError(
@@ -211,6 +218,8 @@ class Job:
                 for p in chosen
             ],
         }  # fmt: skip
+        if isinstance(calibration, CalibrationSource):
+            options["calibration"] = calibration.options()
         made_from = {
             "model": teacher.content_hash(), "data": data_hash(batches or [check]),
             "target": str(target),

@@ -11,13 +11,23 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from optcompiler.archives import screen_archive
 from optcompiler.errors import InputError, OptcompilerError
 from optcompiler.untrusted import opened
 
+if TYPE_CHECKING:
+    from optcompiler.calibration_sources import CalibrationSource
+
 MODEL_SUFFIXES = (".onnx", ".pt2")
+SOURCES = {
+    "augment": ("optcompiler.augmenting", "Augment"),
+    "select": ("optcompiler.selecting", "Select"),
+    "synthetic": ("optcompiler.synthesizing", "Synthetic"),
+}
+"""Sources of calibration samples that the command line knows: module and class."""
+
 PICKLED_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".joblib")
 
 
@@ -81,7 +91,14 @@ def metric_from_reference(text: str) -> Callable[..., Any]:
 
 
 def calibration_from_reference(text: str) -> Any:
-    """Calibration data: the path of a folder, or the iterable that a function returns."""
+    """Calibration data: the path of a folder, the iterable that a function returns, or a source
+    that makes samples, as "synthetic:count=64" or "select:count=64,source=REF".
+
+    Raises `InputError` for what is none of these.
+    """
+    name, _, options = text.partition(":")
+    if name in SOURCES and (not options or "=" in options.partition(",")[0]):
+        return _source(name, options)
     if Path(text).is_dir():
         from optcompiler.calibration import screen_folder
 
@@ -93,6 +110,27 @@ def calibration_from_reference(text: str) -> Any:
     if made is None or not hasattr(made, "__iter__") or isinstance(made, (str, bytes, Mapping)):
         raise InputError(f"{text!r} returned a {type(made).__name__}; return batches to iterate.")
     return made
+
+
+def _source(name: str, text: str) -> CalibrationSource:
+    module, class_name = SOURCES[name]
+    cls: type[CalibrationSource] = getattr(importlib.import_module(module), class_name)
+    if name == "synthetic":
+        return cls.from_text(text)
+    options, separator, inner = f",{text}".partition(",source=")
+    if not separator:
+        raise InputError(
+            f"calibration {name}: it needs samples to work on; end it with source=REF, where REF "
+            f"is a folder or a function."
+        )
+    return cls.from_text(options, source=calibration_from_reference(inner))
+
+
+def referred(text: str) -> str:
+    """What a reference to calibration data reads: that of the innermost source."""
+    while text.partition(":")[0] in SOURCES and "source=" in text:
+        text = text.partition("source=")[2]
+    return text
 
 
 def _called(text: str) -> Any:

@@ -150,3 +150,11 @@ def test_the_example_pass_rewrites(example: types.ModuleType) -> None:
     expected = np.clip(0.2 * a + 0.5, 0, 1) * [1, 2, 3]
     np.testing.assert_allclose(hard, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(head, run_onnx(program, inputs)[1])
+
+
+# -- the calibration sources of docs/guide.md --------------------------------------------------
+
+
+def test_the_sources_of_the_guide_calibrate() -> None:
+    (code,) = (b for b in blocks(ROOT / "docs" / "guide.md", "python") if "from_few" in b)
+    exec(compile(code, "docs/guide.md", "exec"), {})

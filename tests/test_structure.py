@@ -65,7 +65,8 @@ def test_public_names() -> None:
     assert sorted(optcompiler.__all__) == [
         "Backend", "Budget", "Candidate", "Capabilities", "Compiled", "Decline", "Declined",
         "GateError", "Kernel", "Ledger", "OptcompilerError", "Pass", "PassContext", "Program",
-        "Registry", "Runner", "Stage", "Target", "__version__", "compile", "hookimpl", "load",
+        "Registry", "Runner", "Stage", "Target", "__version__", "augment", "compile", "hookimpl",
+        "load", "select", "synthetic",
     ]  # fmt: skip
     for name in optcompiler.__all__:
         assert getattr(optcompiler, name) is not None

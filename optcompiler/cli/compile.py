@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @options.target
 @options.precision
 @options.calibration
+@options.calibration_samples
 @click.option(
     "--metric", metavar="REF", help="module:function or file.py:function, model to score."
 )
@@ -66,7 +67,8 @@ if TYPE_CHECKING:
 @common
 def compile_(
     model: str, output: Path, target: str, precision: str, calibration: str | None,
-    metric: str | None, smaller_is_better: bool, max_drop: float | None, max_damage: float | None,
+    calibration_samples: int | None, metric: str | None, smaller_is_better: bool,
+    max_drop: float | None, max_damage: float | None,
     max_latency_ms: float | None, max_size_mb: float | None, search_minutes: float | None,
     passes: tuple[str, ...], dynamic: Dynamic | str | None,
     keep_best: Path | None, damage: str, cost_model: str, seed: int, on_fault: str,
@@ -88,6 +90,7 @@ def compile_(
     from optcompiler.sources import (
         calibration_from_reference,
         metric_from_reference,
+        referred,
     )
     from optcompiler.target import Target
 
@@ -115,7 +118,7 @@ def compile_(
         with telling_faults() as faults:
             compiled = run(
                 source, example_inputs, target=aim, precision=precision,
-                calibration=batches,
+                calibration=batches, calibration_samples=calibration_samples,
                 budget=budget, passes=list(passes) or None, dynamic=dynamic, damage=damage,
                 cost_model=cost_model, seed=seed, registry=plugins,
                 progress=progress_on(sys.stderr), on_fault=on_fault, time_limit_s=time_limit_s,
@@ -130,7 +133,7 @@ def compile_(
         raise
     with compiled:
         if depfile is not None:
-            for reference in filter(None, (model, calibration, metric)):
+            for reference in filter(None, (model, referred(calibration or ""), metric)):
                 inputs.add_reference(reference)
             if locked is not None:
                 inputs.add_lock(locked)

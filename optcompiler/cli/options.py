@@ -17,8 +17,14 @@ precision = click.option(
     help="fp32 (exact passes only), one of the target's precisions, or auto.",
 )  # fmt: skip
 calibration = click.option(
-    "--calibration", metavar="REF", help="Folder of .npz files, or module:name."
-)
+    "--calibration", metavar="REF",
+    help="Folder of .npz files, module:name, or a source that makes samples: "
+    "synthetic:count=64, select:count=64,source=REF, augment:count=512,source=REF.",
+)  # fmt: skip
+calibration_samples = click.option(
+    "--calibration-samples", type=click.IntRange(1), metavar="N",
+    help="Samples that are kept of it at most; by default 512, or as many as a source makes.",
+)  # fmt: skip
 max_damage = click.option(
     "--max-damage", type=float, help="Loss of agreement with the model as imported."
 )
