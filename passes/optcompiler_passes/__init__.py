@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def optcompiler_passes() -> Iterable[type[Pass]]:
     from optcompiler_passes.cast_bf16 import CastBf16
     from optcompiler_passes.distill import Distill
+    from optcompiler_passes.equalize import Equalize
     from optcompiler_passes.fold_batchnorm import FoldBatchNorm
     from optcompiler_passes.fuse_operators import FuseOperators
     from optcompiler_passes.insert_qdq import InsertQdq
@@ -25,9 +26,10 @@ def optcompiler_passes() -> Iterable[type[Pass]]:
     from optcompiler_passes.quantize_weights import QuantizeWeights
     from optcompiler_passes.reconstruct import Reconstruct
     from optcompiler_passes.simplify import Simplify
+    from optcompiler_passes.unify_caps import UnifyCaps
 
     return [
-        CastBf16, Distill, FoldBatchNorm, FuseOperators, InsertQdq, MoveIntegers, PackWeights,
-        PruneChannels, PruneDeadChannels, QuantizeWeights,
-        Reconstruct, Simplify,
+        CastBf16, Distill, Equalize, FoldBatchNorm, FuseOperators, InsertQdq, MoveIntegers,
+        PackWeights, PruneChannels, PruneDeadChannels, QuantizeWeights, Reconstruct, Simplify,
+        UnifyCaps,
     ]  # fmt: skip

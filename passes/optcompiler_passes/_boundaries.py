@@ -14,13 +14,17 @@ from optcompiler.damage import nmse
 from optcompiler.executor import to_torch
 from optcompiler.program import Program, constant, shape_of
 from optcompiler.rewriting import PassContext
+from optcompiler_passes._rescaling import is_rescaled
 from optcompiler_passes._samples import Samples
 
 Tensor = torch.Tensor
 
 
 def boundaries(student: Program, teacher: Program) -> list[str]:
-    """Values of both programs, of the same float shape, that every path from some input passes."""
+    """Values of both programs, of the same float shape, that every path from some input passes.
+
+    Values whose channels `equalize` scaled are left out: the teacher's are others.
+    """
     shapes = {
         str(v.name): (v.dtype, shape_of(v)) for n in teacher.graph for v in n.outputs if v.name
     }
@@ -41,7 +45,7 @@ def boundaries(student: Program, teacher: Program) -> list[str]:
         if node.name not in passed or len(node.outputs) != 1:
             continue
         value = node.outputs[0]
-        if value.is_graph_output() or value.dtype != ir.DataType.FLOAT:
+        if value.is_graph_output() or value.dtype != ir.DataType.FLOAT or is_rescaled(value):
             continue
         if shapes.get(str(value.name)) == (value.dtype, shape_of(value)) and shape_of(value):
             found.append(str(value.name))

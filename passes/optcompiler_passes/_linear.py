@@ -141,6 +141,32 @@ def scale_inputs(program: Program, target: Linear, scale: np.ndarray, shift: np.
     _set_bias(program, target, np.ones_like(lift), lift)
 
 
+def input_factors(target: Linear, scale: np.ndarray) -> np.ndarray:
+    """One number per input channel as an array that broadcasts to the weight."""
+    node = target.node
+    array = constant(target.weight)
+    assert array is not None
+    spatial = (1,) * (array.ndim - 2)
+    if is_op(node, "Conv"):
+        groups = _int(node, "group", 1)
+        per_output = np.repeat(scale.reshape(groups, -1), array.shape[0] // groups, axis=0)
+        return per_output.reshape(*array.shape[:2], *spatial)
+    if is_op(node, "Gemm") and _int(node, "transB", 0):
+        return scale.reshape(1, -1)
+    return scale.reshape(-1, 1, *spatial)
+
+
+def multiply_inputs(program: Program, target: Linear, scale: np.ndarray) -> None:
+    """Make the contraction read scale · x where it read x, one number per input channel.
+
+    A weight that another node reads is copied. Raises `Declined` when the result is not finite.
+    """
+    array = constant(target.weight)
+    assert array is not None
+    result = _scaled(array, input_factors(target, scale), target.node)
+    _put(program, target.node, 1, target.weight, result)
+
+
 def _set_bias(
     program: Program, target: Linear, scale: np.ndarray, shift: np.ndarray | None
 ) -> None:
