@@ -328,3 +328,45 @@ def test_weights_of_any_zero_point(
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
     kernels = CpuBackend().kernels(source, Target("cpu", threads=1))
     assert {k.dtype for k in kernels if k.macs} == {dtype}
+
+
+@pytest.mark.parametrize("output", ["uint8", "int8"])
+def test_rows_of_bytes_of_any_width(output: str, tmp_path: Path) -> None:
+    """Of one vector and of several, whole or not, with a residual and without."""
+    widths = (5, 16, 24, 32, 40, 48, 56, 64, 88)
+    weights: dict[str, np.ndarray] = {
+        "sx": NUMBERS["sx"], "zx": NUMBERS["zx"], "sy": np.array(0.2, np.float32),
+        "zy": np.array(0 if output == "uint8" else 3, output),
+    }  # fmt: skip
+    inputs, outputs, lines = ["float[3, 13, 20] x"], [], []
+    for n in widths:
+        weights |= {f"w{n}": integers(20, n), f"s{n}": scale(n), f"z{n}": np.zeros(n, np.int8)}
+        inputs.append(f"float[3, 13, {n}] r{n}")
+        outputs += [f"{output}[3, 13, {n}] y{n}", f"{output}[3, 13, {n}] v{n}"]
+        lines += [
+            f"d{n} = DequantizeLinear<axis = 1>(w{n}, s{n}, z{n})",
+            f"m{n} = MatMul(d, d{n})",
+            f"y{n} = QuantizeLinear(m{n}, sy, zy)",
+            f"q{n} = QuantizeLinear(r{n}, sx, zx)",
+            f"e{n} = DequantizeLinear(q{n}, sx, zx)",
+            f"p{n} = MatMul(d, d{n})",
+            f"a{n} = Add(p{n}, e{n})",
+            f"v{n} = QuantizeLinear(a{n}, sy, zy)",
+        ]
+    source = program(
+        f"""({", ".join(inputs)}) => ({", ".join(outputs)}) {{
+            q = QuantizeLinear(x, sx, zx)
+            d = DequantizeLinear(q, sx, zx)
+            {chr(10).join(lines)}
+        }}""",
+        **weights,
+    )
+    given = random_inputs(source, 5)
+    want = run_onnx(source, given)
+    for isa in HERE:
+        for got, expected in zip(
+            compiled(source, tmp_path / isa, isa, given, threads=2), want, strict=True
+        ):
+            difference = np.abs(got.astype(int) - expected.astype(int))
+            assert difference.max() <= 1
+            assert (difference == 0).mean() > 0.98

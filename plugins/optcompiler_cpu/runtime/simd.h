@@ -95,19 +95,32 @@ INLINE __m512i oc_pack(vi a, vi b, int zero) {
   const __m512i ab = _mm512_packs_epi32(a, b);
   return __builtin_constant_p(zero) && zero == 0 ? ab : _mm512_adds_epi16(ab, _mm512_set1_epi16((short)zero));
 }
-/* as many of a, b, c, d as `count` says (2 to 4) plus `zero`, saturated, as adjacent bytes */
-#define OC_JOIN(name, pack)                                                                             \
-  INLINE void name(void *p, vi a, vi b, vi c, vi d, int count, int zero) {                                \
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);         \
-    const __m512i bytes = _mm512_permutexvar_epi32(order, pack(oc_pack(a, b, zero), oc_pack(c, d, zero))); \
-    if (count == 4) _mm512_storeu_si512(p, bytes);                                                        \
-    else if (count == 2) _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(bytes));                \
-    else _mm512_mask_storeu_epi32(p, (__mmask16)0x0fff, bytes);                                           \
+/* a, b, c and d plus `zero`, saturated, as bytes in that order */
+#define OC_JOINED(name, pack)                                                                             \
+  INLINE vi name(vi a, vi b, vi c, vi d, int zero) {                                                      \
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);        \
+    return _mm512_permutexvar_epi32(order, pack(oc_pack(a, b, zero), oc_pack(c, d, zero)));               \
   }
-OC_JOIN(vi_join_u8, _mm512_packus_epi16)
-OC_JOIN(vi_join_s8, _mm512_packs_epi16)
-INLINE vi vi_dot4(vi c, vi bytes, vi w) { return _mm512_dpbusd_epi32(c, bytes, w); }
+OC_JOINED(vi_joined_u8, _mm512_packus_epi16)
+OC_JOINED(vi_joined_s8, _mm512_packs_epi16)
 #define OC_LIVE(n) ((n) == 64 ? ~0ull : (1ull << (n)) - 1)
+/* the first `live` bytes of row `row`, where rows of up to 16 or 32 bytes share a vector */
+INLINE void vi_row_to(void *p, vi v, int row, int live) {
+  if (live > 32) {
+    if (live == 64) _mm512_storeu_si512(p, v);
+    else _mm512_mask_storeu_epi8(p, OC_LIVE(live), v);
+  } else if (live > 16) {
+    const __m256i half = row ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v);
+    if (live == 32) _mm256_storeu_si256((__m256i *)p, half);
+    else _mm256_mask_storeu_epi8(p, (__mmask32)OC_LIVE(live), half);
+  } else {
+    const __m128i part = row == 0 ? _mm512_castsi512_si128(v) : row == 1 ? _mm512_extracti32x4_epi32(v, 1)
+                       : row == 2 ? _mm512_extracti32x4_epi32(v, 2) : _mm512_extracti32x4_epi32(v, 3);
+    if (live == 16) _mm_storeu_si128((__m128i *)p, part);
+    else _mm_mask_storeu_epi8(p, (__mmask16)OC_LIVE(live), part);
+  }
+}
+INLINE vi vi_dot4(vi c, vi bytes, vi w) { return _mm512_dpbusd_epi32(c, bytes, w); }
 /* the first `live` of 64 bytes */
 INLINE vi vi_bytes(const uint8_t *p, int live) {
   if (__builtin_constant_p(live) && live == 64) return _mm512_loadu_si512(p);
