@@ -235,6 +235,19 @@ def _raise_to_bias(node: ir.Node, scales: np.ndarray) -> None:
     np.maximum(scales, least.astype(np.float32), out=scales)
 
 
+def fit_bias(program: Program, node: ir.Node) -> None:
+    """Raise the scales of a contraction's weight where its bias would not fit 32 bits."""
+    quantize = quantizer(node.inputs[1])
+    held = quantize.inputs[1] if quantize is not None else None
+    known = constant(held)
+    if held is None or known is None:
+        return
+    scales = np.array(known)
+    _raise_to_bias(node, scales)
+    if not np.array_equal(scales, known):
+        program.set_weight(held, scales)
+
+
 def bias_of(node: ir.Node) -> tuple[ir.Node, int] | None:
     """Where the constant bias of a contraction is read: the node, or the Add that alone reads it.
 
