@@ -1,4 +1,4 @@
-"""Observers: from the values seen in calibration to a range, and on to scale and zero point.
+"""Observers: from the values seen in calibration to a range.
 
 An observer reads any number of arrays in constant memory. The built-in ones share a histogram whose
 bins are aligned to zero and have a power of two for width, so that widening it merges whole bins:
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -29,16 +29,6 @@ Float64 = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]
 
 BINS = 4096
-
-INTEGER_RANGES: Mapping[str, tuple[int, int]] = {
-    "INT4": (-8, 7),
-    "UINT4": (0, 15),
-    "INT8": (-128, 127),
-    "UINT8": (0, 255),
-    "INT16": (-32768, 32767),
-    "UINT16": (0, 65535),
-}
-"""Least and greatest level by ONNX type name."""
 
 
 class Observer(ABC):
@@ -182,6 +172,33 @@ class MinMaxObserver(_HistogramObserver):
         return _symmetric(*self._extremes(), symmetric)
 
 
+class MovingAverageObserver(MinMaxObserver):
+    """The extremes of each batch, averaged: a later batch counts for `momentum` of the average.
+
+    The order of batches matters, as it does for Jacob et al. ("Quantization and Training of Neural
+    Networks for Efficient Integer-Arithmetic-Only Inference", 2018, section 3.1).
+    """
+
+    name = "moving-average"
+
+    def __init__(self, momentum: float = 0.1) -> None:
+        super().__init__()
+        if not 0.0 < momentum <= 1.0:
+            raise InputError(f"momentum={momentum}; give a number above 0, at most 1.")
+        self.momentum = momentum
+
+    def update(self, array: Array) -> None:
+        before = self._low, self._high
+        self._low, self._high = math.inf, -math.inf
+        super().update(array)
+        if not math.isfinite(self._low):
+            self._low, self._high = before
+        elif math.isfinite(before[0]):
+            kept = 1.0 - self.momentum
+            self._low = kept * before[0] + self.momentum * self._low
+            self._high = kept * before[1] + self.momentum * self._high
+
+
 class PercentileObserver(_HistogramObserver):
     """Drops the outermost values: `percentile` of all values, zeros included, stay on each side."""
 
@@ -249,9 +266,47 @@ def _histogram_error(
     return float(np.dot((centres - quantized) ** 2, counts))
 
 
+class EntropyObserver(_HistogramObserver):
+    """The clipping whose levels lose least information: the least Kullback-Leibler divergence of
+    the quantised histogram from that of the values, clipped ones counted at the ends (Migacz,
+    "8-bit Inference with TensorRT", GTC 2017). Zeros do not count.
+    """
+
+    name = "entropy"
+
+    def range(self, bits: int, symmetric: bool) -> tuple[float, float]:
+        low, high = self._extremes()
+        if low == high:
+            return low, high
+        centres, counts = self._bins()
+        low, high = _symmetric(low, high, symmetric)
+
+        def divergence(share: float) -> float:
+            return _divergence(centres, counts, low * share, high * share, 2**bits)
+
+        best = min(np.linspace(1.0, 0.1, 91), key=divergence)
+        return low * float(best), high * float(best)
+
+
+def _divergence(centres: Float64, counts: Float64, low: float, high: float, levels: int) -> float:
+    """KL(values || quantised values) over the bins, where a level spreads over its bins evenly."""
+    inside = (centres >= low) & (centres <= high)
+    if not inside.any():
+        return math.inf
+    kept = counts[inside]
+    clipped = kept.copy()
+    clipped[0] += counts[centres < low].sum()
+    clipped[-1] += counts[centres > high].sum()
+    level = np.clip(np.floor((centres[inside] - low) / (high - low) * levels), 0, levels - 1)
+    _, which = np.unique(level, return_inverse=True)
+    spread_counts = (np.bincount(which, kept) / np.bincount(which))[which]
+    p, q = clipped / clipped.sum(), spread_counts / spread_counts.sum()
+    return float(np.sum(p * np.log(p / q)))
+
+
 def builtin_observers() -> tuple[type[Observer], ...]:
     """The observers that come with optcompiler."""
-    return (MinMaxObserver, PercentileObserver, MseObserver)
+    return (MinMaxObserver, MovingAverageObserver, PercentileObserver, MseObserver, EntropyObserver)
 
 
 def observer_named(name: str) -> type[Observer]:
@@ -289,112 +344,3 @@ def observe(
     for batch in items:
         executor.observe(module, batch, seen, names)
     return observers
-
-
-def quantization_parameters(
-    low: float, high: float, dtype: str, symmetric: bool = False
-) -> tuple[np.float32, int]:
-    """Scale and zero point of the integer type `dtype` (an ONNX name) for values in [low, high].
-
-    The interval is widened to hold zero, and zero is represented exactly. Symmetric signed types
-    use the levels from -(2**(bits - 1) - 1) and zero point 0. The scale is never 0 or subnormal;
-    scale * (levels above zero) does not exceed a `high` whose `low` is 0, so that a quantiser after
-    a Relu or a Clip implies it. Formula: Jacob et al., "Quantization and Training of Neural
-    Networks for Efficient Integer-Arithmetic-Only Inference", 2018, section 2.1. Raises
-    `InputError` for other types and for bounds that are not finite.
-    """
-    if dtype not in INTEGER_RANGES:
-        raise InputError(f"cannot quantise to {dtype}; take one of {', '.join(INTEGER_RANGES)}.")
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise InputError(f"the range [{low}, {high}] is not finite; check the calibration data.")
-    least, greatest = INTEGER_RANGES[dtype]
-    low, high = min(low, 0.0), max(high, 0.0)
-    tiny = float(np.finfo(np.float32).tiny) * 256
-    if symmetric:
-        bound = max(-low, high)
-        if least < 0:
-            return np.float32(max(bound / greatest, tiny) if bound else 1.0), 0
-        half = (greatest + 1) // 2
-        return np.float32(max(bound / (half - 1), tiny) if bound else 1.0), half
-    if low == high:
-        return np.float32(1.0), least if least == 0 else 0
-    scale = np.float32(max((high - low) / (greatest - least), tiny))
-    if low == 0.0 and float(scale) * (greatest - least) > high and scale > tiny:
-        scale = np.nextafter(scale, np.float32(0.0))
-    zero_point = round(least - low / float(scale))
-    return scale, min(max(zero_point, least), greatest)
-
-
-def weight_scales(
-    weight: Array, dtype: str = "INT8", axis: int | None = None, method: str = "mse"
-) -> Float32:
-    """Symmetric scales of a float weight: one per index of `axis` ([C]), or one for all ([]).
-
-    `method` is "minmax" (largest magnitude over the greatest level) or "mse" (the largest magnitude
-    times the factor in [0.5, 1] whose rounding and clipping error is least). A channel of zeros
-    gets the largest of the other scales. Raises `InputError` for another method and for weights
-    that are not finite.
-    """
-    if method not in ("minmax", "mse"):
-        raise InputError(f"weight observer {method!r} is not known; take minmax or mse.")
-    greatest = INTEGER_RANGES[dtype][1]
-    rows = np.asarray(weight, np.float32)
-    rows = rows.reshape(1, -1) if axis is None else np.moveaxis(rows, axis, 0)
-    rows = np.ascontiguousarray(rows.reshape(rows.shape[0], -1))
-    largest = np.abs(rows).max(axis=1, initial=0.0)
-    if not np.isfinite(largest).all():
-        raise InputError("weights hold NaN or infinity; fix the checkpoint.")
-    largest[largest < np.finfo(np.float32).tiny * 65536] = 0.0
-    best = largest / greatest
-    if method == "mse" and rows.shape[1] > 1:
-        best = _least_error(rows, best, greatest)
-    fallback = float(best.max(initial=0.0)) or 1.0
-    best = np.where(largest > 0, best, np.float32(fallback)).astype(np.float32)
-    return best if axis is not None else best.reshape(())
-
-
-_SAMPLE = 8192
-"""Weights of a channel looked at in the search; above that, an even stride is taken."""
-
-
-def _least_error(rows: Float32, full: Float32, greatest: int) -> Float32:
-    stride = max(1, rows.shape[1] // _SAMPLE)
-    sample = rows[:, ::stride]
-    safe = np.where(full > 0, full, np.float32(1.0))
-    best = full.copy()
-    least = np.full(len(rows), np.inf)
-    for factor in np.linspace(1.0, 0.5, 26, dtype=np.float32):
-        scale = (safe * factor)[:, None]
-        levels = np.rint(sample / scale)
-        np.clip(levels, -greatest - 1, greatest, out=levels)
-        error = np.square(sample - levels * scale).sum(axis=1, dtype=np.float64)
-        better = error < least
-        least = np.where(better, error, least)
-        best = np.where(better & (full > 0), full * factor, best)
-    return best
-
-
-def quantize_array(
-    array: Array, scale: Array, zero_point: Array | None, dtype: str, axis: int = 1, block: int = 0
-) -> npt.NDArray[np.int64]:
-    """ONNX QuantizeLinear's integer levels: saturate(round_half_even(array / scale) + zero_point).
-
-    `scale` is [], [C] along `axis`, or blocked along `axis` with `block` values per scale; float32
-    arithmetic as the operator specifies.
-    """
-    least, greatest = INTEGER_RANGES[dtype]
-    x = np.asarray(array, np.float32)
-    s = spread(np.asarray(scale, np.float32), x.shape, axis, block)
-    zero = 0 if zero_point is None else spread(np.asarray(zero_point), x.shape, axis, block)
-    levels = np.rint(np.nan_to_num(x / s)).astype(np.float64) + np.asarray(zero, np.float64)
-    return np.clip(levels, least, greatest).astype(np.int64)
-
-
-def spread(parameter: Array, shape: tuple[int, ...], axis: int, block: int = 0) -> Array:
-    """A scale or zero point made broadcastable to a tensor of `shape`."""
-    if parameter.size == 1:
-        return parameter.reshape(())
-    axis %= len(shape)
-    if block:
-        return np.repeat(parameter, block, axis=axis)[tuple(slice(0, n) for n in shape)]
-    return parameter.reshape([-1 if i == axis else 1 for i in range(len(shape))])

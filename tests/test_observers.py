@@ -9,17 +9,19 @@ import pytest
 
 from optcompiler.errors import InputError
 from optcompiler.observers import (
-    INTEGER_RANGES,
     MinMaxObserver,
     MseObserver,
     PercentileObserver,
     builtin_observers,
     observe,
+)
+from optcompiler.program import Program
+from optcompiler.quantization import (
+    INTEGER_RANGES,
     quantization_parameters,
     quantize_array,
     weight_scales,
 )
-from optcompiler.program import Program
 from tests.support import random_inputs, run_onnx
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from optcompiler.observers import weight_scales
+from optcompiler.quantization import weight_scales
 from optcompiler_passes._qdq import Editor, laid_out, table_of
 
 BLOCKED_SINCE = 21

@@ -13,10 +13,10 @@ import torch
 from torch import fx, nn
 
 from optcompiler.executor import NODE_KEY, WEIGHTS_KEY, to_torch
-from optcompiler.observers import INTEGER_RANGES, spread
 from optcompiler.ops import OpTable
 from optcompiler.ops.quantization import dequantize_linear, quantize_linear
 from optcompiler.program import Program, constant
+from optcompiler.quantization import INTEGER_RANGES, spread
 from optcompiler_passes._kd import Student
 from optcompiler_passes._learnables import learnables
 from optcompiler_passes._units import Unit, is_weight_quantizer

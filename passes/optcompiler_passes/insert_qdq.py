@@ -12,14 +12,9 @@ import onnx_ir as ir
 
 from optcompiler.backend import Capabilities
 from optcompiler.errors import InputError
-from optcompiler.observers import (
-    Observer,
-    builtin_observers,
-    observe,
-    quantization_parameters,
-    weight_scales,
-)
+from optcompiler.observers import Observer, builtin_observers, observe
 from optcompiler.program import Program, constant
+from optcompiler.quantization import quantization_parameters, weight_scales
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
 from optcompiler_passes._blocks import BLOCKED_SINCE, insert_blocks
 from optcompiler_passes._qdq import (

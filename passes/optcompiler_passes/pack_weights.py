@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optcompiler.observers import INTEGER_RANGES, quantize_array
 from optcompiler.program import Program, constant, static_shape
+from optcompiler.quantization import INTEGER_RANGES, quantize_array
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
 from optcompiler_passes._folding import fold_readers
 from optcompiler_passes._qdq import dequantizer, laid_out

@@ -10,9 +10,9 @@ import pytest
 
 from optcompiler.damage import run_batches
 from optcompiler.errors import InputError
-from optcompiler.observers import quantize_array, weight_scales
 from optcompiler.ops import builtin_table
 from optcompiler.program import Program, constant
+from optcompiler.quantization import quantize_array, weight_scales
 from optcompiler.target import Target
 from optcompiler_cpu.backend import CpuBackend
 from optcompiler_onnxruntime.backend import OnnxRuntimeBackend
