@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from optcompiler.channels import ChannelGroup
 from optcompiler.executor import computed, observe, to_torch
-from optcompiler.observers import INTEGER_RANGES, quantization_parameters
 from optcompiler.program import Program, constant
+from optcompiler.quantization import INTEGER_RANGES, quantization_parameters
 from optcompiler.rewriting import Declined, PassContext
 from optcompiler_passes._homogeneous import Reader, Scaling, multiplied, spread_out
 from optcompiler_passes._linear import Linear, linear

@@ -9,17 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from optcompiler.errors import Declined, InputError
-from optcompiler.observers import (
+from optcompiler.observers import Observer, builtin_observers, observe
+from optcompiler.program import Program, constant
+from optcompiler.quantization import (
     INTEGER_RANGES,
-    Observer,
-    builtin_observers,
-    observe,
     quantization_parameters,
     quantize_array,
     spread,
     weight_scales,
 )
-from optcompiler.program import Program, constant
 from optcompiler.rewriting import PassContext
 from optcompiler_passes._blocks import block_scales
 from optcompiler_passes._qdq import dequantizer, laid_out, quantized_source
