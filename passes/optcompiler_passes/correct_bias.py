@@ -16,7 +16,6 @@ from optcompiler_passes._linear import Linear, linear, per_channel
 from optcompiler_passes._qdq import quantized_source
 from optcompiler_passes._regions import is_op
 from optcompiler_passes._rescaling import as_in_teacher, fit_bias, without_pairs
-from optcompiler_passes._samples import size_of
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +99,7 @@ def _layers(program: Program, teacher: Program) -> tuple[dict[str, Linear], list
 
 def _correct(student: Program, context: PassContext, samples: int) -> None:
     from optcompiler.damage import Judge
+    from optcompiler_passes._samples import size_of
 
     before = student.clone()
     layers, _ = _layers(student, context.teacher)
