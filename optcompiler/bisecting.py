@@ -86,7 +86,7 @@ def bisect(
     example_inputs: Any = None,
     *,
     target: str | Target = "onnxruntime",
-    precision: str = "auto",
+    precision: str | Iterable[str] = "auto",
     calibration: Any = None,
     budget: Budget | None = None,
     passes: Iterable[str | Pass | type[Pass]] | None = None,

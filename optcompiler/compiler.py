@@ -35,6 +35,7 @@ from optcompiler.lock import (
 )
 from optcompiler.planner import Planner, Probe
 from optcompiler.plugins import Registry
+from optcompiler.precisions import allowed_precisions, spelled
 from optcompiler.program import Program
 from optcompiler.progress import Silent
 from optcompiler.rewriting import Batch, Pass, PassContext, Progress, Stage
@@ -44,7 +45,6 @@ from optcompiler.signature import Signature, is_torch
 from optcompiler.target import Target
 
 if TYPE_CHECKING:
-    from optcompiler.backend import Capabilities
     from optcompiler.frontend import Imported
     from optcompiler.program import Port
 
@@ -58,8 +58,6 @@ UNJUDGED = (
 
 DEFAULT_COST_MODEL = "roofline"
 
-Precision = str
-
 T = TypeVar("T")
 
 
@@ -68,7 +66,7 @@ def compile(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     target: str | Target = "onnxruntime",
-    precision: Precision = "auto",
+    precision: str | Iterable[str] = "auto",
     calibration: Any = None,
     calibration_samples: int | None = None,
     budget: Budget | None = None,
@@ -90,10 +88,10 @@ def compile(
     `model`: an nn.Module, ExportedProgram, fx.GraphModule, a .pt2 or .onnx path, an onnx
     ModelProto, an onnx_ir Model or a Program. `example_inputs`: a tuple, or a dict by name; not
     needed for ONNX. `precision`: "fp32" (exact passes only), a precision of the target such as
-    "int8" or "bf16", or "auto" (all that the target has). `calibration`: an iterable of inputs, a
-    folder of .npz files, a source that makes samples (`synthetic`, `select`, `augment`), or None.
-    `calibration_samples`: how many samples are kept of it at most, by default 512 or as many as
-    such a source makes.
+    "int8" or "bf16", several (`{"int8", "w4a8"}` or "int8,w4a8"), or "auto" (all that the target
+    has). `calibration`: an iterable of inputs, a folder of .npz files, a source that makes samples
+    (`synthetic`, `select`, `augment`), or None. `calibration_samples`: how many samples are kept
+    of it at most, by default 512 or as many as such a source makes.
     `passes`: None for the default pipeline, else names (with options), passes, or "default".
     `dynamic`: dimensions that stay symbolic, see `frontend.import_model`; with bounds, as
     `{"batch": (1, 32)}`, the artifact takes every size from the one to the other.
@@ -157,11 +155,12 @@ class Job:
 
     @classmethod
     def prepare(
-        cls, model: Any, example_inputs: Any, *, target: str | Target, precision: str,
-        calibration: Any, budget: Budget, passes: Any, dynamic: Any, damage: str, cost_model: str,
-        seed: int, registry: Registry, progress: Progress, on_fault: str,
-        time_limit_s: float | None, reproducers: str | Path | None, timing: bool = True,
-        lock: Lock | None = None, calibration_samples: int | None = None,
+        cls, model: Any, example_inputs: Any, *, target: str | Target,
+        precision: str | Iterable[str], calibration: Any, budget: Budget, passes: Any,
+        dynamic: Any, damage: str, cost_model: str, seed: int, registry: Registry,
+        progress: Progress, on_fault: str, time_limit_s: float | None,
+        reproducers: str | Path | None, timing: bool = True, lock: Lock | None = None,
+        calibration_samples: int | None = None,
     ) -> Job:  # fmt: skip
         from optcompiler.bounds import refuse_what_cannot_run
         from optcompiler.calibration import load_calibration, split_holdout
@@ -169,6 +168,7 @@ class Job:
         from optcompiler.frontend import import_model, split_bounds
 
         start = time.perf_counter()
+        precision = spelled(precision)
         if on_fault not in ("continue", "stop"):
             raise InputError(f'on_fault is {on_fault!r}; it is "continue" or "stop".')
         target = Target.parse(target).sized(split_bounds(dynamic)[1])
@@ -599,22 +599,6 @@ def session_for(
     session = Session(protected(program), backend, aim, cost_model, profile, context, batch)
     session.context = replace(context, price_us=session.price_us)
     return session
-
-
-def allowed_precisions(
-    precision: str, capabilities: Capabilities, target: Target
-) -> frozenset[str]:
-    """What passes may use: "auto" is all that the target has; a name adds to float32.
-
-    Raises `InputError` for a precision that the target lacks.
-    """
-    if precision == "auto":
-        return capabilities.precisions
-    known = capabilities.precisions | capabilities.emulated
-    if precision not in known:
-        has = ", ".join(sorted(known))
-        raise InputError(f"target {target} has no precision {precision!r}; it has {has}.")
-    return frozenset({"fp32", precision})
 
 
 def _example(imported: Imported, example_inputs: Any) -> Batch:

@@ -1,10 +1,14 @@
 """Choosing lossy candidates: the fastest plan whose measured loss stays inside the budget.
 
 Each candidate is priced and damaged on its own, then all are ordered by damage per microsecond
-saved, and the longest prefix of that order that holds the budget is searched by bisection. A probe
-of a prefix applies it and measures the result against the teacher, so what is decided on is never a
-sum of estimates; one that is over the budget is tuned (when a tuning pass is in the pipeline) and
-measured again. The plan chosen is tuned in the end if it was not and has something to win back.
+saved, and the longest prefix of that order that holds the budget is searched by bisection. Of
+alternatives at a site, a deeper one is ranked by what it damages and saves beyond the one before
+it, so a prefix holds the deepest that is worth it at each site (the greedy of the multiple-choice
+knapsack: Kellerer, Pferschy, Pisinger, "Knapsack Problems", 2004, section 11.2). What alone damages
+more than the budget comes last, so that it stands in no other's way. A probe of a prefix applies it
+and measures the result against the teacher, so what is decided on is never a sum of estimates; one
+that is over the budget is tuned (when a tuning pass is in the pipeline) and measured again. The
+plan chosen is tuned in the end if it was not and has something to win back.
 
 Reduced precision pays between neighbours: alone, a quantised layer also pays for converting its
 input and output. A candidate of stage QUANTIZE is therefore priced by what would be lost if it
@@ -13,6 +17,7 @@ alone were left out.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +36,7 @@ PROBES = 6
 NEGLIGIBLE = 0.1
 """A plan that spends less than this share of the budget is not worth tuning."""
 
+NO_FASTER = "predicted no faster"
 NOTHING_LOSSY = "nothing was taken that could be tuned"
 
 Key = tuple[str, str, str]
@@ -57,10 +63,6 @@ class Offer:
         """What offers of which one at most is taken share: all reduced precisions of a site do."""
         joint = self.pass_.stage is Stage.QUANTIZE
         return ("" if joint else self.pass_.name, self.candidate.site)
-
-    @property
-    def rank(self) -> float:
-        return self.damage / max(self.saving_us, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,10 @@ class Planner:
         session = self.session
         offers = self._offers(base)
         self._place = {o.key: i for i, o in enumerate(offers)}
-        useful = sorted(_undominated(offers), key=lambda o: (o.rank, o.key))
+        order = in_order(offers, self.budget.damage_limit)
         best = self._empty(base)
-        if useful:
-            best = self._finished(self._search(base, useful, best))
+        if order:
+            best = self._finished(self._search(base, order, best))
         taken = {o.key for o in best.chosen}
         for offer in offers:
             if offer.key in best.refused:
@@ -130,19 +132,16 @@ class Planner:
             elif offer.key in taken:
                 note = offer.candidate.note
                 outcome, reason = TAKEN, "inside the budget" + (f"; {note}" if note else "")
-            elif offer.saving_us <= 0:
-                outcome, reason = REJECTED, "predicted no faster"
-            elif any(o.site == offer.site for o in best.chosen):
-                outcome, reason = REJECTED, "another choice was taken at this site"
             else:
-                outcome, reason = REJECTED, self._limit_text
+                outcome, reason = REJECTED, self._why_not(offer, order, best)
             row = session.row(offer.pass_, offer.candidate, outcome, reason)
             session.ledger.add(replace(row, saving_us=offer.saving_us, damage=offer.damage))
         for pass_, candidate, before, after, kept in best.tuned:
             outcome = TAKEN if kept else REJECTED
             reason = f"damage {before:.3g} before, {after:.3g} after"
             row = session.row(pass_, candidate, outcome, reason)
-            session.ledger.add(replace(row, damage=after))
+            details = {**row.details, "tuning": {"before": before, "after": after}}
+            session.ledger.add(replace(row, damage=after, details=details))
         for row in best.untuned:
             session.ledger.add(row)
         if not best.tuned and not best.untuned:
@@ -151,7 +150,42 @@ class Planner:
                 session.ledger.add(self._not_tuned(tuner, why if best.chosen else NOTHING_LOSSY))
         return best
 
-    _limit_text = "the budget was spent on candidates that save more for less damage"
+    def _why_not(self, offer: Offer, order: Sequence[Offer], best: Probe) -> str:
+        """Why an offer is not in the plan, with the figures that decided."""
+        choice, taken = offer.candidate.choice, None
+        if not offer.saving_us > 0:
+            known = math.isfinite(offer.saving_us)
+            return NO_FASTER + (f": it saves {offer.saving_us:.3g} us" if known else "")
+        for other in best.chosen:
+            if other.site == offer.site:
+                taken = other
+        limit = self.budget.damage_limit
+        left = max(limit - best.damage, 0.0)
+        alone = f"{choice} alone damages {offer.damage:.3g}"
+        if taken is not None:
+            name, more = taken.candidate.choice, offer.saving_us - taken.saving_us
+            if more <= 0:
+                less = f"{-more:.3g} us more" if more else "as much"
+                return f"{name} taken, which saves {less} and damages {taken.damage:.3g} alone"
+            further = offer.damage - taken.damage
+            ending = f"; {name} taken"
+            if further > left:
+                return (
+                    f"{alone}, {further:.3g} more than {name}, and {left:.3g} is left of the "
+                    f"budget {limit:.3g}{ending}"
+                )
+        else:
+            ending = ""
+            if offer.damage > left:
+                return f"{alone}, more than the {left:.3g} left of the budget {limit:.3g}"
+        if offer not in order:
+            return f"{alone} and saves {offer.saving_us:.3g} us, for which others do better{ending}"
+        place = order.index(offer)
+        for count, why in sorted(self._failed.items()):
+            if count > place:
+                others = f"with {count - 1} more " if count > 1 else ""
+                return f"{alone}; {others}{why}{ending}"
+        return f"{alone}; the search ended before it{ending}"
 
     # -- offers -----------------------------------------------------------------------------
 
@@ -228,6 +262,7 @@ class Planner:
     def _search(self, base: Program, order: Sequence[Offer], best: Probe) -> Probe:
         """The longest prefix of `order` that holds; the shortest that meets a latency goal."""
         low, high = 0, self._needed(base, order)
+        self._failed = {}
         for _ in range(PROBES):
             if high <= low:
                 break
@@ -237,6 +272,7 @@ class Planner:
                 if high == len(order) or high == self._ceiling:
                     break
             else:
+                self._failed[high] = probe.why
                 self._ceiling = high - 1
             if self._ceiling <= low:
                 break
@@ -247,6 +283,8 @@ class Planner:
         return best
 
     _ceiling: int
+    _failed: dict[int, str]
+    """Why prefixes of the order did not hold, by their length."""
     _place: dict[Key, int]
     """Where each offer stands among all that were proposed. A plan is applied in this order: the
     same plan is then the same program, whatever the prices by which it was found."""
@@ -405,25 +443,39 @@ def _kept(tuned: Sequence[Tuned]) -> list[Step]:
     return [(pass_, candidate) for pass_, candidate, *_, kept in tuned if kept]
 
 
-def _undominated(offers: Sequence[Offer]) -> list[Offer]:
-    """Offers that save time, less those for whose site another pass saves more for less damage.
+def in_order(offers: Sequence[Offer], limit: float = math.inf) -> list[Offer]:
+    """Offers that save time in the order in which a plan takes them.
 
-    What is left at such a site saves more the more it damages, so the deepest that fits is best.
+    At a site each saves more than the one before it. They are ranked by what they damage beyond it
+    for a microsecond saved beyond it; one that a deeper one beats in that is left out. Those that
+    alone damage more than `limit` come after all others.
     """
-    useful = [o for o in offers if o.saving_us > 0]
-    best: dict[tuple[str, str], list[Offer]] = {}
-    for offer in useful:
-        best.setdefault(offer.site, []).append(offer)
+    sites: dict[tuple[str, str], list[Offer]] = {}
+    for offer in offers:
+        if offer.saving_us > 0:
+            sites.setdefault(offer.site, []).append(offer)
+    ranked: list[tuple[bool, float, int, Key, Offer]] = []
+    for found in sites.values():
+        saved = damaged = 0.0
+        place = 0
+        for over in (False, True):
+            left = [o for o in found if (o.damage > limit) is over]
+            slope = -math.inf
+            while left := [o for o in left if o.saving_us > saved]:
+                rises = [_rise(o, saved, damaged) for o in left]
+                least = min(rises)
+                flattest = [o for o, rise in zip(left, rises, strict=True) if rise == least]
+                offer = max(flattest, key=lambda o: (o.saving_us, -o.damage))
+                slope = max(slope, least)
+                ranked.append((over, slope, place, offer.key, offer))
+                saved, damaged, place = offer.saving_us, offer.damage, place + 1
+    return [offer for *_, offer in sorted(ranked, key=lambda entry: entry[:4])]
 
-    def dominated(offer: Offer) -> bool:
-        return any(
-            other.pass_ is not offer.pass_
-            and (other.saving_us, -other.damage) > (offer.saving_us, -offer.damage)
-            and other.damage <= offer.damage
-            for other in best[offer.site]
-        )
 
-    return [o for o in useful if not dominated(o)]
+def _rise(offer: Offer, saved: float, damaged: float) -> float:
+    """Damage for a microsecond, beyond what was saved and damaged before."""
+    rise = (offer.damage - damaged) / max(offer.saving_us - saved, 1e-6)
+    return math.inf if math.isnan(rise) else rise
 
 
 def _deepest(prefix: Sequence[Offer]) -> list[Offer]:

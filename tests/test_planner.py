@@ -13,7 +13,7 @@ from optcompiler import planner as planner_module
 from optcompiler.budget import Budget
 from optcompiler.errors import INVALID, RAISED, Declined, PassFault, PluginError
 from optcompiler.ledger import DECLINED, REJECTED, TAKEN, Row
-from optcompiler.planner import Planner, Probe
+from optcompiler.planner import Offer, Planner, Probe, in_order
 from optcompiler.program import Program
 from optcompiler.rewriting import Candidate, Decline, Pass, Stage
 from optcompiler.session import Session
@@ -31,8 +31,6 @@ from tests.paper import (
 )
 
 INSIDE = "inside the budget"
-SPENT = "the budget was spent on candidates that save more for less damage"
-OTHER = "another choice was taken at this site"
 
 
 @dataclass
@@ -129,7 +127,10 @@ def test_least_damage_for_a_microsecond_goes_first() -> None:
     )  # fmt: skip
     assert got.taken == {"c"}
     assert got.rows["a", "Abs"].outcome == REJECTED
-    assert {r.reason for r in got.session.ledger.with_outcome(REJECTED)} == {SPENT}
+    assert {r.site: r.reason for r in got.session.ledger.with_outcome(REJECTED)} == {
+        "a": "Abs alone damages 0.25, more than the 0 left of the budget 0.312",
+        "b": "Neg alone damages 0.75, more than the 0 left of the budget 0.312",
+    }
     assert [sorted(k for k, v in t.items() if v != "Relu") for t in got.judge.tried] == [
         [], ["a", "b", "c"], ["c"], ["a", "c"],
     ]  # fmt: skip
@@ -156,7 +157,11 @@ def test_what_is_predicted_no_faster_is_never_tried() -> None:
     got = plan(relus("ac"), [swap("a", "Exp"), swap("c", "Sin")],
                costs=PaperCosts({"Relu": 100, "Exp": 100, "Sin": 99}), max_damage=1.0)  # fmt: skip
     row = got.rows["a", "Exp"]
-    assert (row.outcome, row.reason, row.saving_us) == (REJECTED, "predicted no faster", 0)
+    assert (row.outcome, row.reason, row.saving_us) == (
+        REJECTED,
+        "predicted no faster: it saves 0 us",
+        0,
+    )
     assert got.taken == {"c"}
     assert all(t["a"] == "Relu" for t in got.judge.tried)
 
@@ -202,7 +207,9 @@ def test_of_alternatives_at_a_site_one_is_taken() -> None:
     )  # fmt: skip
     assert operators(got.probe.program) == {"a": "Neg"}
     assert got.rows["a", "Abs"].outcome == REJECTED
-    assert got.rows["a", "Abs"].reason == OTHER
+    assert got.rows["a", "Abs"].reason == (
+        "Neg taken, which saves 30 us more and damages 0.5 alone"
+    )
     assert got.rows["a", "Neg"].outcome == TAKEN
     assert [o.candidate.choice for o in got.probe.chosen] == ["Neg"]
 
@@ -213,8 +220,13 @@ def test_the_milder_alternative_is_fallen_back_to() -> None:
         {("a", "Abs"): 0.125, ("a", "Neg"): 0.5, ("b", "Neg"): 1.0}, max_damage=0.25,
     )  # fmt: skip
     assert operators(got.probe.program) == {"a": "Abs", "b": "Relu"}
-    assert got.rows["a", "Neg"].reason == OTHER
-    assert got.rows["b", "Neg"].reason == SPENT
+    assert got.rows["a", "Neg"].reason == (
+        "Neg alone damages 0.5, 0.375 more than Abs, and 0.125 is left of the budget 0.25; "
+        "Abs taken"
+    )
+    assert got.rows["b", "Neg"].reason == (
+        "Neg alone damages 1, more than the 0.125 left of the budget 0.25"
+    )
 
 
 def test_two_passes_may_work_at_one_site() -> None:
@@ -223,6 +235,86 @@ def test_two_passes_may_work_at_one_site() -> None:
     got = plan(relus("a"), [first, second], {("a", "Abs"): 0.25}, max_damage=1.0)
     assert {r.pass_name for r in got.session.ledger.with_outcome(TAKEN)} == {"first", "second"}
     assert operators(got.probe.program) == {"a": "Neg"}
+
+
+def weighed(site: str, choice: str, saving_us: float, damage: float) -> Offer:
+    return Offer(quantizer(), swap(site, choice), saving_us, damage)
+
+
+def ordered(limit: float, *offers: Offer) -> list[str]:
+    return [o.candidate.site + o.candidate.choice for o in in_order(offers, limit)]
+
+
+def test_a_deeper_choice_is_ranked_by_what_it_adds() -> None:
+    """Alone, 4 bits damage less for a microsecond than 8; they are still an addition to them."""
+    eight, four = weighed("a", "8", 10.0, 0.01), weighed("a", "4", 30.0, 0.015)
+    other = weighed("b", "8", 10.0, 0.004)
+    assert ordered(1.0, eight, four, other) == ["b8", "a4"]
+    four = weighed("a", "4", 30.0, 0.05)
+    assert ordered(1.0, four, eight, other) == ["b8", "a8", "a4"]
+    middle = weighed("a", "4.8", 12.0, 0.04)
+    assert ordered(1.0, four, middle, eight, other) == ["b8", "a8", "a4"]
+    assert ordered(0.045, four, middle, eight, other) == ["b8", "a8", "a4.8", "a4"]
+
+
+def test_the_order_stands_infinities_and_what_is_no_number() -> None:
+    inf, nan = float("inf"), float("nan")
+    offers = [weighed("a", "x", inf, 0.1), weighed("a", "y", inf, 0.2), weighed("b", "x", nan, 0.1),
+              weighed("c", "x", 1.0, inf), weighed("c", "y", 2.0, inf), weighed("d", "x", inf, inf),
+              weighed("e", "x", -1.0, 0.0)]  # fmt: skip
+    assert ordered(inf, *offers) == ["ax", "cy", "dx"]
+    assert ordered(1.0, *offers) == ["ax", "cy", "dx"]
+
+
+def test_a_plan_of_all_takes_the_deepest_though_a_milder_one_has_the_higher_rank() -> None:
+    damages = {("a", "Abs"): 0.4, ("a", "Neg"): 0.45}
+    got = plan(relus("a"), [swap("a", "Abs"), swap("a", "Neg")], damages, max_damage=1.0)
+    assert operators(got.probe.program) == {"a": "Neg"}
+    assert got.rows["a", "Abs"].reason == "Neg taken, which saves 30 us more and damages 0.45 alone"
+
+
+def test_what_alone_is_over_the_budget_stands_in_no_others_way() -> None:
+    """`a` saves so much that it comes first for a microsecond, and can never be held."""
+    got = plan(
+        relus("abc"), [swap("a", "Neg"), swap("b", "Abs"), swap("c", "Abs")],
+        {("a", "Neg"): 0.5, ("b", "Abs"): 0.4, ("c", "Abs"): 0.4},
+        costs=PaperCosts({"Relu": 1000, "Neg": 1, "Abs": 999}), max_damage=0.45,
+    )  # fmt: skip
+    assert got.taken == {"b"}
+    assert got.rows["a", "Neg"].reason == (
+        "Neg alone damages 0.5, more than the 0.05 left of the budget 0.45"
+    )
+
+
+def test_a_layer_that_hurts_stays_higher_and_says_by_how_much() -> None:
+    names = "abc"
+    eight, four = [swap(n, "Neg") for n in names], [swap(n, "Abs") for n in names]
+    damages = {(n, "Neg"): 0.001 for n in names} | {(n, "Abs"): 0.002 for n in names}
+    damages["b", "Abs"] = 0.012
+    got = plan(chain(a="Relu", b="Relu", c="Relu"), [quantizer(*eight, *four)], damages,
+               costs=QUANTIZED, max_damage=0.01)  # fmt: skip
+    assert operators(got.probe.program) == {"a": "Abs", "b": "Neg", "c": "Abs"}
+    assert got.rows["b", "Abs"].reason == (
+        "Abs alone damages 0.012, 0.011 more than Neg, and 0.005 is left of the budget 0.01; "
+        "Neg taken"
+    )
+
+
+def test_one_that_would_fit_alone_is_told_what_it_did_beside_others() -> None:
+    """Together they damage more than the sum of what each does."""
+
+    class Growing(PaperJudge):
+        def damage(self, program: Program) -> float:
+            return super().damage(program) ** 2 * 4
+
+    judge = Growing({(n, "Neg"): 0.25 for n in "ab"})
+    session = paper_session(relus("ab"))
+    passes = [paper_pass([swap("a", "Neg"), swap("b", "Neg")])]
+    planner = Planner(session, passes, Budget(max_damage=0.6), judge, judge, None)  # type: ignore[arg-type]
+    planner.plan(session.teacher)
+    assert [r.reason for r in session.ledger] == [
+        INSIDE, "Neg alone damages 0.25; with 1 more damage 1 is over 0.6",
+    ]  # fmt: skip
 
 
 # -- refusals and faults ----------------------------------------------------------------------
@@ -389,7 +481,8 @@ def test_precisions_of_two_passes_compete_for_a_site(limit: float, taken: dict[s
                max_damage=limit)  # fmt: skip
     assert operators(got.probe.program) == taken
     if limit == 1.0:
-        assert got.rows["a", "Neg"].reason == OTHER
+        reason = "Abs taken, which saves 20 us more and damages 0.5 alone"
+        assert got.rows["a", "Neg"].reason == reason
 
 
 def test_a_precision_that_another_beats_in_both_is_not_tried() -> None:
@@ -400,7 +493,9 @@ def test_a_precision_that_another_beats_in_both_is_not_tried() -> None:
                max_damage=1.0)  # fmt: skip
     assert operators(got.probe.program) == {"a": "Abs", "b": "Neg"}
     row = got.rows["a", "Neg"]
-    assert (row.pass_name, row.outcome, row.reason) == ("bytes", REJECTED, OTHER)
+    assert (row.pass_name, row.outcome, row.reason) == (
+        "bytes", REJECTED, "Abs taken, which saves 20 us more and damages 0.1 alone",
+    )  # fmt: skip
 
 
 def test_reductions_are_priced_alone_beside_reduced_precision() -> None:

@@ -14,7 +14,7 @@ target = click.option(
 )  # fmt: skip
 precision = click.option(
     "--precision", default="auto", show_default=True,
-    help="fp32 (exact passes only), one of the target's precisions, or auto.",
+    help="fp32 (exact passes only), precisions of the target joined by commas, or auto.",
 )  # fmt: skip
 calibration = click.option(
     "--calibration", metavar="REF",
