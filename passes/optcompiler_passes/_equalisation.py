@@ -77,18 +77,19 @@ class Search:
         self.seen = self._look()
 
     def chosen(self) -> list[tuple[ChannelGroup, Factors]]:
-        """Groups that lose less when they are scaled, and their factors."""
-        found: list[tuple[ChannelGroup, Factors]] = []
+        """Groups that lose less when they are scaled, and factors; those that gain most first."""
+        found: list[tuple[float, ChannelGroup, Factors]] = []
         for group in self.context.progress.track(self.groups, "equalising channels"):
             try:
-                factors = self._best(group)
+                best = self._best(group)
             except Declined:
                 continue
-            if factors is not None:
-                found.append((group, factors))
-        return found
+            if best is not None:
+                found.append((best[0], group, best[1]))
+        return [(group, factors) for _, group, factors in sorted(found, key=lambda f: f[0])]
 
-    def _best(self, group: ChannelGroup) -> Factors | None:
+    def _best(self, group: ChannelGroup) -> tuple[float, Factors] | None:
+        """The share of the error that is left with the best factors, and those."""
         readers = self.readers[group.name]
         if not any(self._quantizer(r) or self._weight_quantizer(r) for r in readers):
             return None
@@ -98,7 +99,7 @@ class Search:
             error = self._error(group, factors)
             if error < least:
                 best, least = factors, error
-        return best
+        return None if best is None else (least / none, best)
 
     # -- factors ----------------------------------------------------------------------------
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optcompiler.channels import unshare_vectors
+import numpy as np
+
+from optcompiler.channels import ChannelGroup, unshare_vectors
 from optcompiler.errors import InputError
 from optcompiler.observers import Observer
 from optcompiler.program import Program
@@ -44,7 +46,8 @@ class Equalize(Pass):
     3. Of those, the one with the least squared error of the readers' results is taken, measured on
        a bounded number of calibration samples with activations and weights quantised.
     4. Scales of pairs on scaled values, and of weights, are computed anew; no structure changes.
-    5. It declines where no group gains, and where the damage on the hold-out batches does not fall.
+    5. Where the damage on the hold-out batches does not fall, the half of the groups that gain most
+       is tried, and so on; it declines where none is left, or none gained.
 
     Groups that end at an input, an output or an operator that is not homogeneous (a Clip at 6, a
     Sigmoid) are declined by name.
@@ -101,13 +104,37 @@ def _equalize(
     from optcompiler.damage import Judge
     from optcompiler_passes._equalisation import Search
 
-    before = student.clone()
+    plain = without_pairs(student)
+    unshare_vectors(plain)
+    search = Search(student, Scaling(plain, context.ops), context, options)
+    chosen = search.chosen()
+    if not chosen:
+        raise Declined("no group of channels loses less when it is scaled.")
+    judge = Judge(context.teacher, context.holdout or context.calibration, context.ops)
+    old = new = judge.damage(student)
+    while chosen:
+        tried = student.clone()
+        _scale(tried, context, options, make, chosen)
+        new = judge.damage(tried)
+        if new < old:
+            break
+        chosen = chosen[: len(chosen) // 2]
+    else:
+        raise Declined(f"the damage on data held out is {old:.3g} before and {new:.3g} after.")
+    _scale(student, context, options, make, chosen)
+
+
+def _scale(
+    student: Program,
+    context: PassContext,
+    options: Equalize,
+    make: type[Observer],
+    chosen: Sequence[tuple[ChannelGroup, np.ndarray]],
+) -> None:
+    """Scale groups of the program and compute the scales anew of all that they touch."""
     plain = without_pairs(student)
     unshare_vectors(plain)
     scaling = Scaling(plain, context.ops)
-    chosen = Search(student, scaling, context, options).chosen()
-    if not chosen:
-        raise Declined("no group of channels loses less when it is scaled.")
     touched: set[str] = set()
     nodes: list[str] = []
     for group, factors in chosen:
@@ -118,7 +145,3 @@ def _equalize(
     for group, factors in chosen:
         mark_group(student, group, factors)
     refresh_scales(student, touched, dict.fromkeys(nodes), context, make, options.weight_observer)
-    judge = Judge(context.teacher, context.holdout or context.calibration, context.ops)
-    old, new = judge.damage(before), judge.damage(student)
-    if not new < old:
-        raise Declined(f"the damage on data held out is {old:.3g} before and {new:.3g} after.")

@@ -9,11 +9,12 @@ import pytest
 
 from optcompiler.channels import unshare_vectors
 from optcompiler.damage import Judge, run_batches, typical_error
-from optcompiler.errors import InputError
+from optcompiler.errors import Declined, InputError
 from optcompiler.observers import MinMaxObserver
 from optcompiler.program import Program, constant
 from optcompiler.rewriting import PassContext
 from optcompiler_passes._boundaries import boundaries
+from optcompiler_passes._equalisation import Search
 from optcompiler_passes._homogeneous import Scaling
 from optcompiler_passes._rescaling import (
     as_in_teacher,
@@ -346,3 +347,20 @@ def test_scales_are_refreshed_where_asked():
     seen = np.concatenate([b["x"] for b in (*context.calibration, *context.holdout)])
     width = 255 * constant(moved.value("x_scale"))
     np.testing.assert_allclose(width, seen.max() - seen.min(), rtol=1e-5)
+
+
+def test_groups_that_gain_most_are_tried_alone_when_all_of_them_do_harm(monkeypatch):
+    student, context = case(capped((uneven(1), uneven(2))))
+    found = Search.chosen
+
+    def with_harm(search: Search):
+        group = next(g for g in search.groups if g.name == "conv3")
+        return [*found(search), (group, 1e4 ** np.linspace(-1, 1, group.channels))]
+
+    monkeypatch.setattr(Search, "chosen", with_harm)
+    after, _ = apply_all(Equalize(), student, context)
+    assert is_rescaled(after.value("m1")) or is_rescaled(after.value("m2"))
+    assert not is_rescaled(after.value("r3"))
+    monkeypatch.setattr(Search, "chosen", lambda search: with_harm(search)[-1:])
+    with pytest.raises(Declined, match="the damage on data held out is"):
+        apply_all(Equalize(), student, context)
