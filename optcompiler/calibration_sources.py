@@ -109,6 +109,20 @@ def sample_shape(port: Port, given: Given, symbolic: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def affordable(given: Given, count: int, least: int, most: int, macs: float) -> int:
+    """How many times `count` samples may go through the teacher for that many multiply-accumulates,
+    from `least` to `most`: a bound on time that is the same on every machine."""
+    from optcompiler.binding import resolved
+
+    one = 0
+    for node in resolved(given.teacher).graph:
+        spec = given.ops.get(node)
+        one += spec.cost(node).macs if spec else 0
+    first = given.ports[0].shape[0]
+    whole = count * one / (first if isinstance(first, int) else 1)
+    return round(min(max(macs / max(whole, 1), least), most))
+
+
 def sample_count(batch: Batch) -> int:
     return next(iter(batch.values())).shape[0]
 

@@ -82,13 +82,12 @@ def synthetic(
        Clip is far off on one side of zero, as in the assumption of Nagel et al., "Data-free
        quantization", 2019, section 4.2.
 
-    `limits` are the least and the greatest value of inputs. Where they are not given, the noise
-    that fits the kept statistics best is taken among inputs of [0, 1], of [-1, 1], of [0, 255] and
-    standardised ones, and without kept statistics standardised inputs are assumed.
+    `limits` are the least and the greatest value of inputs. Where they are not given, those are
+    taken of [-3, 3] (standardised), [-1, 1], [0, 1] and [0, 255] whose noise fits these goals best.
 
     Tokens are drawn from the teacher where it is a causal language model, at temperature 1 after a
-    random first token (Liu et al., "LLM-QAT", 2023), and are else random rows of the table that
-    they pick from; masks are ones with zeros at the end of some samples.
+    random first token (Liu et al., "LLM-QAT", 2023), in at most `steps` passes, and are else random
+    rows of the table that they pick from; masks are ones with zeros at the end of some samples.
 
     Raises `InputError` for options out of range; when it is used, for a model whose inputs share no
     batch dimension.

@@ -13,8 +13,7 @@ import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
-from optcompiler.binding import resolved
-from optcompiler.calibration_sources import Given, Watched, sample_shape
+from optcompiler.calibration_sources import Given, Watched, affordable, sample_shape
 from optcompiler.program import Port, Program, constant, shape_of
 from optcompiler.synthetic_tokens import integer_inputs
 
@@ -30,9 +29,10 @@ CHUNK = 64
 LENGTH = 64
 """Of a symbolic dimension."""
 
-LEAST_STEPS, MOST_STEPS = 40, 300
-MOST_MACS = 1.5e12
-"""Multiply-accumulates of the forward passes that decide the number of steps."""
+LEAST_STEPS, MOST_STEPS = 30, 150
+MOST_MACS = 2e10
+"""Multiply-accumulates of the forward passes, which decide the number of steps between those two:
+on a small network with depthwise convolutions more steps did not help."""
 
 RATE = 0.05
 """Of Adam, in standard deviations of the input."""
@@ -41,9 +41,8 @@ SMOOTHNESS = 0.02
 FAR_OFF = 3.0
 """Standard deviations from zero at which a channel counts as dead or never cut."""
 
-RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))
-STANDARDISED = (-3.0, 3.0)
-"""Limits assumed of inputs of which nothing else is known: mean 0, deviation 1."""
+RANGES = ((-3.0, 3.0), (-1.0, 1.0), (0.0, 1.0), (0.0, 255.0))
+"""Limits that inputs may have; the first are those of mean 0 and deviation 1."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,10 @@ def float_batches(options: Synthetic, given: Given, *, images: bool) -> Iterator
     kept = kept_statistics(given.teacher)
     cut = [] if kept else read_by_cuts(given.teacher)
     goals = Goals(given, kept, cut)
-    limits = options.limits or (
-        best_limits(options, given, goals, images) if kept else STANDARDISED
-    )
+    limits = options.limits or best_limits(options, given, goals, images)
     steps = options.steps
     if steps is None:
-        macs = options.count * sum_of_macs(given)
-        steps = round(min(max(MOST_MACS / max(macs, 1), LEAST_STEPS), MOST_STEPS))
+        steps = affordable(given, options.count, LEAST_STEPS, MOST_STEPS, MOST_MACS)
     starts = range(0, options.count, CHUNK)
     for index, start in enumerate(given.progress.track(starts, "synthetic calibration samples")):
         size = min(CHUNK, options.count - start)
@@ -100,15 +96,20 @@ def learned(
             made[port.name] = (value * spread + middle).to(_torch_type(port))
         return made
 
-    for step in range(steps):
+    for step in range(steps if goals.any else 0):
         for group in optimizer.param_groups:
             group["lr"] = RATE * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + RATE / 50
         loss = goals.loss(inputs(free, moved=True), targets)
         for value in free.values():
             if images:
                 loss = loss + SMOOTHNESS * _variation(value)
+        if not loss.requires_grad:
+            break
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        for value in free.values():
+            if value.grad is not None:
+                value.grad.nan_to_num_(0.0, 0.0, 0.0)
         optimizer.step()
         with torch.no_grad():
             for value in free.values():
@@ -140,6 +141,10 @@ class Goals:
         rest = rest / rest.sum(1, keepdim=True).clamp_min(1e-9)
         return (rest * (1 - sure)).scatter_(1, chosen[:, None], sure)
 
+    @property
+    def any(self) -> bool:
+        return bool(self.kept or self._cut or self._classes)
+
     def loss(self, inputs: Mapping[str, Tensor], targets: Tensor | None) -> Tensor:
         values = self._watched(inputs)
         outputs, inner = values[: self._watched.count], values[self._watched.count :]
@@ -167,11 +172,6 @@ class Goals:
             parts.append((((variance + 1e-12).sqrt() / deviation - 1) ** 2).mean())
         return torch.stack(parts).mean()
 
-    def of_inputs(self, inputs: Mapping[str, Tensor]) -> float:
-        """The mismatch of inputs."""
-        with torch.no_grad():
-            return float(self.mismatch(self._watched(inputs)[self._watched.count :]))
-
 
 def noise(
     port: Port, size: int, given: Given, options: Synthetic, images: bool,
@@ -195,20 +195,21 @@ def noise(
 def best_limits(
     options: Synthetic, given: Given, goals: Goals, images: bool
 ) -> tuple[float, float]:
-    """Those of `RANGES`, or standardised, whose noise fits what was kept best."""
+    """Those of `RANGES` whose noise fits the goals best; the first where there are none."""
     found: list[tuple[float, tuple[float, float]]] = []
-    fixed = integer_inputs(given, 16, options, given.rng(options.seed))
-    for limits in (*RANGES, STANDARDISED):
+    fixed = integer_inputs(given, CHUNK, options, given.rng(options.seed))
+    for limits in RANGES if goals.any else RANGES[:1]:
         generator = torch.Generator().manual_seed(_seed(given, options, 0))
         inputs = {name: torch.from_numpy(array) for name, array in fixed.items()}
         for port in given.ports:
             if port.name in fixed:
                 continue
-            drawn = noise(port, 16, given, options, images, generator).clamp(-3, 3)
+            drawn = noise(port, CHUNK, given, options, images, generator).clamp(-3, 3)
             spread = (limits[1] - limits[0]) / 6
             inputs[port.name] = (drawn * spread + sum(limits) / 2).to(_torch_type(port))
-        found.append((goals.of_inputs(inputs), limits))
-    return min(found)[1]
+        with torch.no_grad():
+            found.append((float(goals.loss(inputs, goals.targets(CHUNK, generator))), limits))
+    return min(found, key=lambda pair: pair[0])[1]
 
 
 # -- what the teacher says --------------------------------------------------------------------
@@ -256,16 +257,6 @@ def class_scores(program: Program) -> tuple[int, bool, int]:
         if kind in ("Gemm", "MatMul", "Add", "Softmax", "Reshape", "Flatten", "Squeeze"):
             return count, kind == "Softmax", index
     return 0, False, 0
-
-
-def sum_of_macs(given: Given) -> int:
-    """Multiply-accumulates for one sample."""
-    total = 0
-    for node in resolved(given.teacher).graph:
-        spec = given.ops.get(node)
-        total += spec.cost(node).macs if spec else 0
-    first = given.ports[0].shape[0]
-    return total // (first if isinstance(first, int) else 1)
 
 
 def _far_off(value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from optcompiler.calibration_sources import CHUNK, Given, Watched, sample_shape
+from optcompiler.calibration_sources import CHUNK, Given, Watched, affordable, sample_shape
 from optcompiler.program import Program, static_shape
 
 if TYPE_CHECKING:
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 LENGTH = 32
 """Of a symbolic dimension of tokens."""
 
-SWEEPS = 48
+LEAST_SWEEPS, MOST_SWEEPS = 8, 64
+MOST_MACS = 2e12
+"""Multiply-accumulates of all sweeps, which decide their number between those two."""
+
 MOST_NOISE = 1 << 24
 """Elements of the noise for one chunk of sequences."""
 
@@ -47,13 +50,16 @@ def token_batches(options: Synthetic, given: Given) -> Iterator[Batch]:
     """Batches of at most `CHUNK` samples."""
     roles = roles_of(given)
     writer = Writer.of(given, roles)
+    sweeps = options.steps
+    if sweeps is None:
+        sweeps = affordable(given, options.count, LEAST_SWEEPS, MOST_SWEEPS, MOST_MACS)
     starts = range(0, options.count, CHUNK)
     for index, start in enumerate(given.progress.track(starts, "synthetic calibration samples")):
         size = min(CHUNK, options.count - start)
         rng = given.rng(options.seed + 1 + index)
         batch = integer_inputs(given, size, options, rng)
         if writer is not None:
-            batch = writer.written(batch, SWEEPS if options.steps is None else options.steps, rng)
+            batch = writer.written(batch, sweeps, rng)
         yield batch
 
 

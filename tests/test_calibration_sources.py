@@ -115,6 +115,19 @@ def test_the_same_seed_gives_the_same_samples_and_another_does_not():
     assert len({digest(0), digest(1), digest(0, 1)}) == 3
 
 
+def test_the_range_of_inputs_is_taken_from_the_statistics():
+    program = network()
+    text = NET.replace("Conv <pads=[1,1,1,1]> (x, w)", "Conv <pads=[1,1,1,1]> (z, w)")
+    text = text.replace("    [conv] a", "    m = Sub (x, c0)\n    z = Div (m, k)\n    [conv] a")
+    text = text.replace("float[4] s,", "float c0, float k, float[4] s,")
+    weights = {name: tensor.numpy() for name, tensor in program.weights().items()}
+    wide = filled_program(text, **weights, c0=np.float32(127), k=np.float32(42))
+    x = joined(made(oc.synthetic(8, steps=2), given_of(wide)), "x")
+    assert x.max() > 64
+    x = joined(made(oc.synthetic(8, steps=2), given_of(program)), "x")
+    assert x.max() < 4
+
+
 def test_limits_hold():
     given = given_of(network())
     x = joined(made(oc.synthetic(8, steps=30, limits=(0.0, 2.0)), given), "x")
@@ -126,6 +139,23 @@ def test_a_model_of_batch_one_gets_batches_of_one():
     program = network(NET.replace("float[n,", "float[1,"))
     batches = made(oc.synthetic(5, steps=3), given_of(program))
     assert [b["x"].shape[0] for b in batches] == [1] * 5
+
+
+def test_a_model_without_anything_to_go_by_gets_noise():
+    text = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    g (float[n,4] x, bool[n] b) => (float[n,4] y) {
+        [number] c = Floor (x)
+        [axes] one = Constant <value_ints=[1]> ()
+        [column] k = Unsqueeze (b, one)
+        [zero] z = Sub (c, c)
+        [picked] y = Where (k, c, z)
+    }
+    """
+    (first, second) = (made(oc.synthetic(40), given_of(Program.from_text(text))) for _ in range(2))
+    assert joined(first, "x").std() > 0.5
+    assert joined(first, "b").all()
+    assert data_hash(first) == data_hash(second)
 
 
 ENCODER = """
