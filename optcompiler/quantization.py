@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from optcompiler.errors import InputError
 
@@ -61,6 +62,12 @@ class QuantizationScheme:
             return 8
         least, greatest = INTEGER_RANGES[self.dtype]
         return (greatest - least).bit_length()
+
+    @property
+    def range_bits(self) -> int:
+        """Bits of the integers that an observer's range is for: floats are finer near zero than
+        integers of as many bits, so clipping gains them nothing and 16 is said."""
+        return 16 if self.dtype in FLOAT8 else self.bits
 
     @property
     def granularity(self) -> str:
@@ -125,13 +132,14 @@ def weight_scales(
     """Symmetric scales of a float weight: one per index of `axis` ([C]), or one for all ([]).
 
     `method` is "minmax" (largest magnitude over the greatest level) or "mse" (the largest magnitude
-    times the factor in [0.5, 1] whose rounding and clipping error is least). A channel of zeros
-    gets the largest of the other scales. Raises `InputError` for another method and for weights
-    that are not finite.
+    times the factor in [0.5, 1] whose rounding and clipping error is least; for floats as "minmax",
+    since their levels lie closest around zero). A channel of zeros gets the largest of the other
+    scales. Raises `InputError` for another method and for weights that are not finite.
     """
     if method not in ("minmax", "mse"):
         raise InputError(f"weight observer {method!r} is not known; take minmax or mse.")
-    greatest = INTEGER_RANGES[dtype][1]
+    floats = dtype in FLOAT8
+    greatest = FLOAT8[dtype] if floats else INTEGER_RANGES[dtype][1]
     rows = np.asarray(weight, np.float32)
     rows = rows.reshape(1, -1) if axis is None else np.moveaxis(rows, axis, 0)
     rows = np.ascontiguousarray(rows.reshape(rows.shape[0], -1))
@@ -140,8 +148,8 @@ def weight_scales(
         raise InputError("weights hold NaN or infinity; fix the checkpoint.")
     largest[largest < np.finfo(np.float32).tiny * 65536] = 0.0
     best = largest / greatest
-    if method == "mse" and rows.shape[1] > 1:
-        best = _least_error(rows, best, greatest)
+    if method == "mse" and rows.shape[1] > 1 and not floats:
+        best = _least_error(rows, best, int(greatest))
     fallback = float(best.max(initial=0.0)) or 1.0
     best = np.where(largest > 0, best, np.float32(fallback)).astype(np.float32)
     return best if axis is not None else best.reshape(())
@@ -170,15 +178,19 @@ def _least_error(rows: Float32, full: Float32, greatest: int) -> Float32:
 
 def quantize_array(
     array: Array, scale: Array, zero_point: Array | None, dtype: str, axis: int = 1, block: int = 0
-) -> npt.NDArray[np.int64]:
-    """ONNX QuantizeLinear's integer levels: saturate(round_half_even(array / scale) + zero_point).
+) -> Array:
+    """ONNX QuantizeLinear's levels: saturate(round_half_even(array / scale) + zero_point), int64.
 
-    `scale` is [], [C] along `axis`, or blocked along `axis` with `block` values per scale; float32
-    arithmetic as the operator specifies.
+    Those of `FLOAT8` are array / scale rounded to the type, in which they are returned. `scale` is
+    [], [C] along `axis`, or blocked along `axis` with `block` values per scale; float32 arithmetic
+    as the operator specifies.
     """
-    least, greatest = INTEGER_RANGES[dtype]
     x = np.asarray(array, np.float32)
     s = spread(np.asarray(scale, np.float32), x.shape, axis, block)
+    if dtype in FLOAT8:
+        bound = np.float32(FLOAT8[dtype])
+        return np.clip(np.nan_to_num(x / s), -bound, bound).astype(ir.DataType[dtype].numpy())
+    least, greatest = INTEGER_RANGES[dtype]
     zero = 0 if zero_point is None else spread(np.asarray(zero_point), x.shape, axis, block)
     levels = np.rint(np.nan_to_num(x / s)).astype(np.float64) + np.asarray(zero, np.float64)
     return np.clip(levels, least, greatest).astype(np.int64)

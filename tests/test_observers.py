@@ -19,6 +19,7 @@ from optcompiler.observers import (
 )
 from optcompiler.program import Program
 from optcompiler.quantization import (
+    FLOAT8,
     INTEGER_RANGES,
     quantization_parameters,
     quantize_array,
@@ -209,6 +210,30 @@ def test_quantize_array_is_the_operator():
     scale, zero_point = sorted(weights.values(), key=lambda a: a.dtype.kind)
     got = quantize_array(x, scale, zero_point, "INT8", axis=1, block=2)
     np.testing.assert_array_equal(got, run_onnx(program, {"x": x})[0])
+
+
+@pytest.mark.parametrize("dtype", sorted(FLOAT8))
+def test_quantize_array_rounds_to_floats_of_eight_bits(dtype: str):
+    program = Program.from_text(
+        f"""<ir_version: 10, opset_import: ["": 21]>
+        g (float[2,300] x) => (float[2,300] y)
+        <float[2] s = {{0.1,0.001}}, {dtype.lower()}[2] z = {{0,0}}> {{
+          q = QuantizeLinear<axis=0>(x, s, z)
+          y = DequantizeLinear<axis=0>(q, s, z)
+        }}"""
+    )
+    x = (random_inputs(program, 0)["x"] * 50).astype(np.float32)
+    scale = np.array([0.1, 0.001], np.float32)
+    got = quantize_array(x, scale, None, dtype, axis=0)
+    assert got.dtype.itemsize == 1
+    [wanted] = run_onnx(program, {"x": x})
+    np.testing.assert_array_equal(got.astype(np.float32) * scale[:, None], wanted)
+
+
+def test_scales_of_floats_reach_the_largest_number():
+    weight = np.random.default_rng(0).standard_normal((4, 30)).astype(np.float32)
+    scales = weight_scales(weight, "FLOAT8E4M3FN", axis=0)
+    np.testing.assert_allclose(scales, np.abs(weight).max(axis=1) / 448, rtol=1e-6)
 
 
 def test_observe_runs_the_program_once_for_all_names():

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from optcompiler.channels import ChannelGroup
 from optcompiler.executor import computed, observe, to_torch
 from optcompiler.program import Program, constant
-from optcompiler.quantization import INTEGER_RANGES, quantization_parameters
+from optcompiler.quantization import QuantizationScheme, quantize_array
 from optcompiler.rewriting import Declined, PassContext
 from optcompiler_passes._homogeneous import Reader, Scaling, multiplied, spread_out
 from optcompiler_passes._linear import Linear, linear
@@ -157,14 +157,13 @@ class Search:
         return float(np.square(got - wanted, dtype=np.float64).mean()) / spread
 
     def _quantized(self, array: np.ndarray, quantize: ir.Node) -> np.ndarray:
-        dtype, even = levels_of(quantize), is_symmetric(quantize)
+        scheme = QuantizationScheme(levels_of(quantize), symmetric=is_symmetric(quantize))
         observer = self.make()
         observer.update(array)
-        bounds = observer.range(ir.DataType[dtype].bitwidth, even)
-        scale, zero = quantization_parameters(*bounds, dtype, even)
-        least, greatest = INTEGER_RANGES[dtype]
-        levels = np.clip(np.rint(array / scale) + zero, least, greatest)
-        return ((levels - zero) * scale).astype(np.float32)
+        low, high = observer.range(scheme.range_bits, scheme.symmetric)
+        scale, zero = scheme.parameters(low, high)
+        levels = quantize_array(array, np.array(scale), np.array(zero), scheme.dtype)
+        return ((levels.astype(np.float32) - zero) * scale).astype(np.float32)
 
     def _weight(self, reader: Reader, index: int, factors: np.ndarray) -> np.ndarray:
         """The weight of a reader multiplied by factors of its input channels, and rounded."""

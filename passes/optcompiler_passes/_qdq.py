@@ -64,10 +64,10 @@ class Pair:
         return scale
 
     @property
-    def bits(self) -> int:
-        """Of a level."""
+    def dtype(self) -> str:
+        """The ONNX name of a level's type."""
         kind = self.quantize.outputs[0].dtype
-        return 8 if kind is None else int(kind.bitwidth)
+        return "UINT8" if kind is None else kind.name
 
     @property
     def zero_point(self) -> ir.Value | None:

@@ -12,8 +12,9 @@ from optcompiler.errors import Declined, InputError
 from optcompiler.observers import Observer, builtin_observers, observe
 from optcompiler.program import Program, constant
 from optcompiler.quantization import (
+    FLOAT8,
     INTEGER_RANGES,
-    quantization_parameters,
+    QuantizationScheme,
     quantize_array,
     spread,
     weight_scales,
@@ -124,11 +125,10 @@ def _refresh_activations(
     batches = [*context.calibration, *context.holdout]
     observers = observe(without_pairs(program), names, batches, make, context.ops)
     for group in sharing:
-        dtype = levels_of(group[0])
-        even = is_symmetric(group[0])
+        scheme = QuantizationScheme(levels_of(group[0]), symmetric=is_symmetric(group[0]))
         observer = observers[str(_source(group[0]).name)]
-        bits = ir.DataType[dtype].bitwidth
-        scale, zero = quantization_parameters(*observer.range(bits, even), dtype, even)
+        low, high = observer.range(scheme.range_bits, scheme.symmetric)
+        scale, zero = scheme.parameters(low, high)
         held = group[0].inputs[1]
         assert held is not None
         program.set_weight(held, np.array(scale, np.float32))
@@ -156,7 +156,7 @@ def _set_zero_points(program: Program, quantisers: Iterable[ir.Node], zero: int)
 
 
 def levels_of(quantize: ir.Node) -> str:
-    """The ONNX name of the integer type that a quantiser writes."""
+    """The ONNX name of the type that a quantiser writes."""
     kind = quantize.outputs[0].dtype
     zero = quantize.inputs[2] if len(quantize.inputs) > 2 else None
     kind = zero.dtype if zero is not None else kind
@@ -164,7 +164,9 @@ def levels_of(quantize: ir.Node) -> str:
 
 
 def is_symmetric(quantize: ir.Node) -> bool:
-    """Whether a quantiser's zero point is in the middle of its levels."""
+    """Whether a quantiser's zero point is in the middle of its levels, as it is of floats."""
+    if levels_of(quantize) in FLOAT8:
+        return True
     zero = constant(quantize.inputs[2]) if len(quantize.inputs) > 2 else None
     least, greatest = INTEGER_RANGES[levels_of(quantize)]
     return zero is not None and bool((zero.astype(np.int64) == (least + greatest + 1) // 2).all())
@@ -184,7 +186,7 @@ def scales_for(quantize: ir.Node, array: np.ndarray, method: str = "mse") -> np.
     Raises `Declined` for one that is not symmetric.
     """
     dtype = levels_of(quantize)
-    if not dtype.startswith("INT") or not is_symmetric(quantize):
+    if not dtype.startswith(("INT", "FLOAT8")) or not is_symmetric(quantize):
         raise Declined(f"{quantize.name!r} does not quantise symmetrically.")
     known = constant(quantize.inputs[1])
     axis = quantize.attributes.get_int("axis", 1)

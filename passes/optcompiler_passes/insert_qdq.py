@@ -14,7 +14,12 @@ from optcompiler.backend import Capabilities
 from optcompiler.errors import InputError
 from optcompiler.observers import Observer, builtin_observers, observe
 from optcompiler.program import Program, constant
-from optcompiler.quantization import quantization_parameters, weight_scales
+from optcompiler.quantization import (
+    FLOAT8,
+    INTEGER_RANGES,
+    QuantizationScheme,
+    weight_scales,
+)
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
 from optcompiler_passes._blocks import BLOCKED_SINCE, insert_blocks
 from optcompiler_passes._qdq import (
@@ -31,7 +36,7 @@ from optcompiler_passes._sites import Site, Survey, value_name
 from optcompiler_passes.cast_bf16 import LIKE_NOW, raise_opset
 
 BLOCK_SIZE = 32
-PRECISIONS = ("int8", "w4a8", "w4a4")
+PRECISIONS = ("int8", "w4a8", "w4a4", "fp8")
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ class InsertQdq(Pass):
     7. With "w4a4" activations that a weight multiplies have 4 bits too. The first and the last
        weighted sites (`ends="int8"`; "same" for no exception) and products of two activations keep
        8 bits, other operators float.
-    8. A value that sites want in different widths has the widest.
+    8. With "fp8" activations and weights are floats of 8 bits (E4M3), scaled so that the largest
+       magnitude in calibration is the largest of the type. Biases stay in float.
+    9. A value that sites want in different types has the widest, of those of 8 bits integers.
 
     `observer` names the activation observer, `weight_observer` is "mse" or "minmax", `skip` holds
     globs of node names or source paths that stay float.
@@ -114,16 +121,15 @@ class InsertQdq(Pass):
             multipliers = {name for site in survey.sites for name in site.multipliers}
         broken = {name: o.non_finite for name, o in observers.items() if o.non_finite}
         wanted = {f.activation for f in forms.values()}
-        ranges = {
-            dtype: {
-                name: quantization_parameters(
-                    *o.range(ir.DataType[dtype].bitwidth, name in multipliers), dtype,
-                    name in multipliers,
-                )
-                for name, o in observers.items() if name not in broken
-            }
-            for dtype in wanted
-        }  # fmt: skip
+        ranges: dict[str, dict[str, tuple[np.float32, int]]] = {}
+        for dtype in wanted:
+            of_dtype = ranges[dtype] = {}
+            for name, observer in observers.items():
+                if name not in broken:
+                    even = name in multipliers or dtype in FLOAT8
+                    scheme = QuantizationScheme(dtype, symmetric=even)
+                    low, high = observer.range(scheme.range_bits, even)
+                    of_dtype[name] = scheme.parameters(low, high)
         for site in survey.sites:
             bad = next((n for n in site.watched if n in broken), None)
             if bad is not None:
@@ -172,6 +178,8 @@ class InsertQdq(Pass):
                 found.setdefault("int8", "the first and the last layer keep 8 bits")
             elif product:
                 found.setdefault("int8", "a product of activations keeps 8 bits")
+        if "fp8" in precisions and few:
+            found["fp8"] = ""
         return found
 
     def _observer(self, known: Mapping[str, type[Observer]]) -> type[Observer]:
@@ -208,7 +216,7 @@ def _forms(capabilities: Capabilities) -> dict[str, Form]:
     four = "UINT4" if eight.startswith("U") else "INT4"
     return {
         "int8": Form(eight, capabilities.weight_dtype), "w4a8": Form(eight, "INT4"),
-        "w4a4": Form(four, "INT4"),
+        "w4a4": Form(four, "INT4"), "fp8": Form("FLOAT8E4M3FN", "FLOAT8E4M3FN"),
     }  # fmt: skip
 
 
@@ -265,7 +273,7 @@ class Quantize:
         self, editor: Editor, value: ir.Value, range_of: str, shared: Pair | None = None
     ) -> Pair:
         existing = pair_of(value)
-        if existing is not None and existing.bits >= ir.DataType[self.dtype].bitwidth:
+        if existing is not None and _rank(existing.dtype) >= _rank(self.dtype):
             return existing
         if existing is not None:
             return self._widened(editor, existing, range_of, shared)
@@ -304,17 +312,18 @@ class Quantize:
         array = laid_out(weight)
         if array is None:
             raise Declined(f"{value_name(weight)} is no longer a constant.")
-        if "4" in self.weight_dtype + self.dtype:
+        if {"INT4", "UINT4"} & {self.weight_dtype, self.dtype}:
             raise_opset(editor.program, BLOCKED_SINCE)
         if self.blocks:
-            insert_blocks(editor, node, weight, 1 - axis, BLOCK_SIZE)
+            insert_blocks(editor, node, weight, QuantizationScheme("INT4", 1 - axis, BLOCK_SIZE))
             return
         along = axis if self.per_channel and axis >= 0 else None
         pair = pair_of(weight, along)
         if pair is None:
             known = _scales(weight, array, self.weight_dtype, along, self.weight_observer)
             scales = np.array(known)
-            self._raise_to_bias(node, scales)
+            if self.weight_dtype not in FLOAT8:
+                self._raise_to_bias(node, scales)
             parameters = editor.parameters(
                 str(weight.name), scales, np.zeros_like(scales), self.weight_dtype
             )
@@ -330,6 +339,11 @@ class Quantize:
             return
         least = np.abs(bias.reshape(-1)).astype(np.float64) / (float(activation) * 2.0**30)
         np.maximum(scales, least.astype(np.float32), out=scales)
+
+
+def _rank(dtype: str) -> tuple[int, bool]:
+    """Of two types that sites want of one value, the higher: more bits, then integers."""
+    return int(ir.DataType[dtype].bitwidth), dtype in INTEGER_RANGES
 
 
 def _bias(node: ir.Node) -> np.ndarray | None:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optcompiler.program import Program, constant, static_shape
-from optcompiler.quantization import INTEGER_RANGES, quantize_array
+from optcompiler.quantization import FLOAT8, INTEGER_RANGES, quantize_array
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
 from optcompiler_passes._folding import fold_readers
 from optcompiler_passes._qdq import dequantizer, laid_out
@@ -34,7 +34,7 @@ class PackWeights(Pass):
 
     Rules:
     1. Every QuantizeLinear whose operands are all constants becomes an initializer holding what the
-       ONNX operator computes; only integer types are folded. What reads constants alone then is
+       ONNX operator computes, in integers or floats of 8 bits. What reads constants alone then is
        computed too. A quantiser of a Transpose (or the like) of an initializer is folded with it.
     2. A constant float bias of a Conv, of a Gemm with alpha = beta = 1, or of an Add that alone
        reads a MatMul, becomes int32 with scale s_x * s_w and zero point 0 when data and weight come
@@ -101,7 +101,11 @@ def _folded(node: ir.Node) -> ir.TensorProtocol | None:
         return None
     arrays = [laid_out(v) for v in node.inputs if v is not None]
     type_ = node.outputs[0].dtype
-    if any(a is None for a in arrays) or type_ is None or type_.name not in INTEGER_RANGES:
+    if (
+        any(a is None for a in arrays)
+        or type_ is None
+        or type_.name not in {*INTEGER_RANGES, *FLOAT8}
+    ):
         return None
     if arrays[0] is None or arrays[1] is None or arrays[1].dtype != np.float32:
         return None
@@ -165,8 +169,12 @@ def _matmul_read_by(node: ir.Node, operand: int) -> ir.Node | None:
 
 
 def _scale(value: ir.Value | None) -> np.ndarray | None:
+    """That of integers; None for floats of 8 bits, whose kernels add biases in float."""
     made = dequantizer(value)
-    return constant(made.inputs[1]) if made is not None else None
+    levels = made.inputs[0] if made is not None else None
+    if made is None or levels is None or (levels.dtype and levels.dtype.name in FLOAT8):
+        return None
+    return constant(made.inputs[1])
 
 
 def _channels(node: ir.Node) -> int | None:

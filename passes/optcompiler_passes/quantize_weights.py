@@ -1,4 +1,4 @@
-"""Weights of 4 bits beside activations in float, where the target multiplies them as stored."""
+"""Weights of 4 or 8 bits beside activations in float, multiplied as they are stored."""
 
 from __future__ import annotations
 
@@ -12,20 +12,30 @@ import onnx_ir as ir
 
 from optcompiler.errors import InputError
 from optcompiler.program import SOURCE_KEY, Program, constant
+from optcompiler.quantization import QuantizationScheme
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
-from optcompiler_passes._blocks import BLOCKED_SINCE, LEAST_WEIGHTS, insert_blocks
+from optcompiler_passes._blocks import (
+    BLOCKED_SINCE,
+    LEAST_WEIGHTS,
+    insert_blocks,
+    insert_channels,
+)
 from optcompiler_passes._qdq import Editor, dequantizer, laid_out
 from optcompiler_passes.cast_bf16 import LIKE_NOW, raise_opset
+
+BITS = {"int4": 4, "w8": 8}
+"""Of a weight, by precision."""
 
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Quantise constant weights to 4 bits, in blocks along the axis that is summed over.
+    """Quantise constant weights to 4 bits in blocks along the axis summed over, or 8 per channel.
 
     Before:
         y = MatMul (x, w)
 
-    After (the weight stays float, so that it can still be tuned; `s` is [K / block_size, N]):
+    After, with 4 bits (the weight stays float, so that it can still be tuned; `s` is
+    [K / block_size, N]):
         w_quantized = QuantizeLinear <axis=0, block_size=32> (w, s, 0)
         w_dequantized = DequantizeLinear <axis=0, block_size=32> (w_quantized, s, 0)
         y = MatMul (x, w_dequantized)
@@ -34,12 +44,17 @@ class QuantizeWeights(Pass):
     1. A site is a node whose type is among the target's `stored_weight_ops`, with a constant
        [K, N] weight (a Gemm's may be transposed) of `least_weights` elements or more: smaller ones
        stay in caches, where there is little to gain.
-    2. Levels are symmetric. A block's scale is, of the largest magnitude over 7 times factors in
-       [0.5, 1], the one whose error is least, then that of least squares for the levels found, if
-       it is better. Scales are rounded to half floats, which take two bytes.
-    3. Activations stay in float, and so does what else reads the weight.
-    4. The program is raised to operator set 21 from 20 on, which changes the meaning of no
-       operator.
+    2. With precision "int4" levels are symmetric (INT4). A block's scale is, of the largest
+       magnitude over 7 times factors in [0.5, 1], the one whose error is least, then that of least
+       squares for the levels found, if it is better. Scales are rounded to half floats, which take
+       two bytes.
+    3. With `symmetric=False` blocks have zero points (UINT4): of those that put 16 levels between
+       the ends of the block times factors in [0.6, 1], and what rule 2 finds, the one whose error
+       is least; the scale is fitted to the levels as there.
+    4. With precision "w8" weights are INT8, symmetric with a scale for each column.
+    5. Activations stay in float, and so does what else reads the weight.
+    6. For 4 bits the program is raised to operator set 21 from 20 on, which changes the meaning of
+       no operator.
 
     `block_size` elements of K share a scale; `skip` holds globs of node names or source paths that
     stay float.
@@ -48,10 +63,11 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     stage: ClassVar[Stage] = Stage.QUANTIZE
     after: ClassVar[tuple[str, ...]] = ("cast-bf16", "insert-qdq")
-    summary: ClassVar[str] = "4-bit weights where the target multiplies them with floats"
+    summary: ClassVar[str] = "weights of 4 or 8 bits beside activations in float"
     time_limit_s: ClassVar[float] = math.inf
 
     block_size: int = 32
+    symmetric: bool = True
     least_weights: int = LEAST_WEIGHTS
     skip: tuple[str, ...] = ()
 
@@ -64,6 +80,9 @@ class QuantizeWeights(Pass):
         if refusal is not None:
             yield Decline("program", refusal)
             return
+        offered = [p for p in BITS if p in context.precisions]
+        if program.opset < LIKE_NOW:
+            offered = [p for p in offered if BITS[p] == 8]
         for node in program.graph:
             if node.domain != "" or node.op_type not in context.capabilities.stored_weight_ops:
                 continue
@@ -74,9 +93,13 @@ class QuantizeWeights(Pass):
                 reason = f"its weight has {weight.size} elements, fewer than {self.least_weights}"
             if reason:
                 yield Decline(name, reason, (name,))
-            else:
-                rewrite = Block(name, self.block_size)
-                yield Candidate(name, "int4", rewrite, exact=False, nodes=(name,))
+                continue
+            for precision in offered:
+                rewrite = Quantize(name, BITS[precision], self.block_size, self.symmetric)
+                yield Candidate(
+                    name, precision, rewrite, exact=False, nodes=(name,),
+                    details={"scheme": str(rewrite.scheme(0))},
+                )  # fmt: skip
 
     def _skipped(self, node: ir.Node) -> str:
         names = (str(node.name), node.metadata_props.get(SOURCE_KEY, ""))
@@ -89,11 +112,13 @@ class QuantizeWeights(Pass):
 def _refusal(program: Program, context: PassContext) -> str | None:
     if not context.capabilities.stored_weight_ops:
         return f"target {context.target.backend} multiplies no weights as they are stored"
-    if "int4" not in context.precisions:
-        return f"precision int4 is not among those allowed: {', '.join(sorted(context.precisions))}"
+    wanted = context.precisions & set(BITS)
+    if not wanted:
+        has = ", ".join(sorted(context.precisions))
+        return f"precision int4 is not among those allowed, nor is w8: {has}"
     if not context.calibration:
         return "no calibration data to measure damage on; pass calibration=batches"
-    if program.opset < LIKE_NOW:
+    if program.opset < LIKE_NOW and "w8" not in wanted:
         return f"blocks need operator set {BLOCKED_SINCE}, and the program is of {program.opset}"
     return None
 
@@ -118,11 +143,20 @@ def _reason(node: ir.Node) -> str:
 
 
 @dataclass(frozen=True)
-class Block:
+class Quantize:
     """The rewrite of one site."""
 
     site: str
+    bits: int
     block_size: int
+    symmetric: bool
+
+    def scheme(self, summed: int) -> QuantizationScheme:
+        """How the levels of a matrix are spread that is summed over along that axis."""
+        if self.bits == 8:
+            return QuantizationScheme("INT8", 1 - summed)
+        dtype = "INT4" if self.symmetric else "UINT4"
+        return QuantizationScheme(dtype, summed, self.block_size, self.symmetric)
 
     def __call__(self, program: Program) -> None:
         editor = Editor(program)
@@ -130,8 +164,12 @@ class Block:
         reason = "it is gone" if node is None else _reason(node)
         if node is None or reason:
             raise Declined(f"{self.site!r}: {reason}.")
-        raise_opset(program, BLOCKED_SINCE)
         value = node.inputs[1]
         assert value is not None
-        axis = 1 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else 0
-        insert_blocks(editor, node, value, axis, self.block_size)
+        summed = 1 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else 0
+        scheme = self.scheme(summed)
+        if scheme.block:
+            raise_opset(program, BLOCKED_SINCE)
+            insert_blocks(editor, node, value, scheme)
+        else:
+            insert_channels(editor, node, value, scheme)

@@ -146,7 +146,7 @@ class CpuBackend(Backend):
         isa = judged_isa(checked_options(target))
         return Capabilities(
             precisions=frozenset(
-                {"fp32", "int8", "int4", "w4a8", *(("bf16",) if isa.multiplies_bf16 else ())}
+                {"fp32", "int8", "int4", "w4a8", "w8", *(("bf16",) if isa.multiplies_bf16 else ())}
             ),
             integer_ops=frozenset(
                 {"Conv", "MatMul", "Gemm", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"}

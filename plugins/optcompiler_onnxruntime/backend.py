@@ -56,7 +56,7 @@ class OnnxRuntimeBackend(Backend):
                 f"target {target}: onnxruntime has no option {unknown!r}; it takes threads alone."
             )
         return Capabilities(
-            precisions=frozenset({"fp32", "int8", "int4"}),
+            precisions=frozenset({"fp32", "int8", "int4", "w8"}),
             integer_ops=INTEGER_OPS,
             activation_dtype="UINT8",
             weight_dtype="INT8",
@@ -65,7 +65,7 @@ class OnnxRuntimeBackend(Backend):
             any_port=True,
             float_outputs=frozenset({"MatMul", "Gemm"}),
             stored_weight_ops=frozenset({"MatMul"}),
-            emulated=frozenset({"w4a8", "w4a4"}),
+            emulated=frozenset({"w4a8", "w4a4", "fp8"}),
         )
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
@@ -94,6 +94,7 @@ class OnnxRuntimeBackend(Backend):
                     f"Python; cast it to float32 in the model."
                 )
         _explicit_zero_points(copy)
+        _spell_out_bounds(copy)
         copy.sweep()
         _strip(copy.model)
         path = directory / MODEL
@@ -159,6 +160,42 @@ def _explicit_zero_points(program: Program) -> None:
         zero = program.add_weight("zero_point", np.zeros(shape, dtype=quantized.dtype.numpy()))
         node.resize_inputs(3)
         node.replace_input_with(2, zero)
+
+
+BYTES = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16})
+"""Levels whose bounds ONNX Runtime compares with those of an activation."""
+
+
+def _spell_out_bounds(program: Program) -> None:
+    """Write Relu and Clip before quantisers to other types than `BYTES` as Max and Min.
+
+    ONNX Runtime (1.32) leaves out a Relu before a quantiser to 4 bits or to floats of 8 bits whose
+    zero point is 0, though that keeps negative numbers, and cannot open a model where a Clip
+    between a Conv and such a quantiser has other bounds than that (`relu_quantizelinear.cc`,
+    `clip_quantizelinear.cc`).
+    """
+    for node in list(program.graph):
+        if node.domain != "" or node.op_type not in ("Relu", "Clip"):
+            continue
+        result, data = node.outputs[0], node.inputs[0]
+        levels = [n.outputs[0].dtype for n in result.consumers() if n.op_type == "QuantizeLinear"]
+        if data is None or not set(levels) - BYTES - {None} or data.dtype != ir.DataType.FLOAT:
+            continue
+        low, high = [*node.inputs[1:3], None, None][:2]
+        if node.op_type == "Relu":
+            low = program.add_weight("zero", np.zeros((), np.float32))
+        if low is not None and high is not None:
+            above = ir.node("Max", [data, low], name=program.fresh_name(f"{node.name}_max"))
+            made = above.outputs[0]
+            made.name, made.type, made.shape = f"{above.name}_out", data.type, data.shape
+            program.graph.insert_before(node, above)
+            data, low = made, None
+        bound = high if low is None else low
+        if bound is not None:
+            node.op_type = "Max" if low is not None else "Min"
+            node.resize_inputs(2)
+            node.replace_input_with(0, data)
+            node.replace_input_with(1, bound)
 
 
 def _strip(model: ir.Model) -> None:

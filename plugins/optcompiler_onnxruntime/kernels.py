@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from optcompiler.backend import Kernel
 from optcompiler.program import Program, constant
+from optcompiler.quantization import FLOAT8, INTEGER_RANGES
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Dropout"})
@@ -36,7 +37,8 @@ KEEPS_VALUES = frozenset(
 """Operators that run on the integers when a DequantizeLinear and a QuantizeLinear surround them."""
 
 STORED_WEIGHTS = ("MatMul",)
-"""Operators of floats that multiply weights as stored, in blocks of `LEAST_BLOCK` or more."""
+"""Operators of floats that multiply weights as stored: in blocks of `LEAST_BLOCK` or more, or bytes
+with a scale for each column."""
 
 LEAST_BLOCK = 16
 
@@ -185,9 +187,12 @@ def _clamps_like(activation: ir.Node, quantize: ir.Node) -> bool:
     if scale is None or scale.size != 1 or (zero is not None and zero.size != 1):
         return False
     dtype = quantize.outputs[0].dtype
-    if dtype not in (ir.DataType.UINT8, ir.DataType.INT8):
+    if dtype is None or dtype.name in FLOAT8:
+        # Runs in float whatever it is called; priced as on a target that has such kernels.
+        return dtype is not None
+    if dtype.name not in INTEGER_RANGES:
         return False
-    lowest, highest = (0, 255) if dtype == ir.DataType.UINT8 else (-128, 127)
+    lowest, highest = INTEGER_RANGES[dtype.name]
     point = float(zero.reshape(())) if zero is not None else 0.0
     step = float(scale.reshape(()))
     low, high = (lowest - point) * step, (highest - point) * step
@@ -282,10 +287,22 @@ def _stored(value: ir.Value, reader: ir.Node, group: _Group) -> list[ir.Value]:
         return [value]
     if group.dtype == "int8":
         return [producer.inputs[0] or value]
-    blocked = producer.attributes.get_int("block_size", 0) >= LEAST_BLOCK
-    if blocked and _is(reader, *STORED_WEIGHTS) and value is reader.inputs[1]:
+    few = producer.attributes.get_int("block_size", 0) >= LEAST_BLOCK or _bytes_by_column(producer)
+    if few and _is(reader, *STORED_WEIGHTS) and value is reader.inputs[1]:
         return [v for v in producer.inputs if v is not None]
     return [value]
+
+
+def _bytes_by_column(dequantize: ir.Node) -> bool:
+    levels, scale = dequantize.inputs[:2]
+    return (
+        levels is not None
+        and levels.dtype == ir.DataType.INT8
+        and len(_dims(levels)) == 2
+        and dequantize.attributes.get_int("axis", 1) in (1, -1)
+        and len(_dims(scale)) == 1
+        and not dequantize.attributes.get_int("block_size", 0)
+    )
 
 
 def _kind(node: ir.Node) -> str:

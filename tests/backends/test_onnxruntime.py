@@ -14,7 +14,7 @@ from optcompiler.program import SOURCE_KEY, Program
 from optcompiler.target import Target
 from optcompiler_onnxruntime.backend import OnnxRuntimeBackend
 from optcompiler_onnxruntime.kernels import kernels_of
-from tests.support import assert_close, random_inputs, run_onnx
+from tests.support import assert_close, filled_program, random_inputs, run_onnx
 
 TARGET = Target("onnxruntime", threads=1)
 
@@ -222,6 +222,33 @@ def test_integer_movement_is_predicted_as_such():
     )
     kernel = next(k for k in kernels_of(program) if k.name == "op")
     assert (kernel.kind, kernel.dtype) == ("movement", "int8")
+
+
+@pytest.mark.parametrize("dtype", ["uint4", "int4", "float8e4m3fn", "int8"])
+@pytest.mark.parametrize("activation", ["Relu (c)", "Clip (c, low, high)", "Clip (c, , high)"])
+def test_bounds_hold_before_quantisers_of_few_bits(dtype: str, activation: str, tmp_path: Path):
+    zero = "0" if dtype == "float8e4m3fn" else "3"
+    program = filled_program(
+        f"""<ir_version: 10, opset_import: ["": 21]>
+        g (float[1,3,5,5] x) => (float[1,4,5,5] y)
+        <float[4,3,3,3] w, float s = {{0.2}}, {dtype} z = {{{zero}}}, float low = {{0.5}},
+         float high = {{0.9}}> {{
+          c = Conv<pads = [1,1,1,1]>(x, w)
+          [bounded] t = {activation}
+          q = QuantizeLinear(t, s, z)
+          y = DequantizeLinear(q, s, z)
+        }}"""
+    )
+    info = OnnxRuntimeBackend().lower(program, TARGET, tmp_path)
+    runner = OnnxRuntimeBackend().load(tmp_path, info, threads=1)
+    inputs = random_inputs(program, 0)
+    assert_close(runner.run(inputs), run_onnx(program, inputs))
+    runner.close()
+    written = onnx.load(tmp_path / "model.onnx").graph.node
+    [bounded] = [n.op_type for n in written if n.name == "bounded"]
+    changed = {"R": "Max", "Clip (c, l": "Min", "Clip (c, ,": "Min"}
+    wanted = next(v for k, v in changed.items() if activation.startswith(k))
+    assert bounded == (activation.split()[0] if dtype == "int8" else wanted)
 
 
 def test_large_weights_go_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,14 +8,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from optcompiler.damage import run_batches
 from optcompiler.errors import Declined, InputError
 from optcompiler.observers import MinMaxObserver
+from optcompiler.ops import builtin_table
 from optcompiler.program import Program, constant
 from optcompiler.rewriting import apply_candidate
 from optcompiler_passes.insert_qdq import InsertQdq
+from optcompiler_passes.pack_weights import PackWeights
 from tests.support import (
     INT8,
     apply_all,
+    assert_close,
     make_context,
     op_types,
     proposals,
@@ -432,3 +436,47 @@ def test_observers_come_from_the_context():
             assert b.details["scales"][name] == pytest.approx(scale / 2)
     with pytest.raises(InputError, match="half"):
         proposals(InsertQdq(observer="half"), before)
+
+
+def test_floats_of_eight_bits():
+    before = conv_relu()
+    floats = replace(INT8, precisions=frozenset({"fp32"}), emulated=frozenset({"fp8"}))
+    context = make_context(before, capabilities=floats, precisions=frozenset({"fp32", "fp8"}))
+    candidates, _ = proposals(InsertQdq(), before, context)
+    assert [(c.site, c.choice) for c in candidates] == [("conv1", "fp8"), ("conv2", "fp8")]
+    after, _ = apply_all(InsertQdq(), before, context)
+    packed, _ = apply_all(PackWeights(), after, make_context(after))
+    conv = packed.node("conv1")
+    assert conv is not None
+    for operand in conv.inputs[:2]:
+        levels, scale, zero = operand.producer().inputs
+        assert levels.dtype == zero.dtype == ir.DataType.FLOAT8E4M3FN
+    assert constant(conv.inputs[2]).dtype == np.float32
+    weight = np.abs(constant(before.node("conv1").inputs[1])).reshape(3, -1).max(axis=1)
+    np.testing.assert_allclose(constant(scale), weight / 448, rtol=1e-6)
+    inputs = random_inputs(before, 5)
+    [exact], [got] = run_onnx(before, inputs), run_onnx(packed, inputs)
+    assert_close([got], [run_batches(packed, [inputs], builtin_table())[0][0].numpy()], 1e-5)
+    error = np.linalg.norm(np.log(got) - np.log(exact)) / np.linalg.norm(np.log(exact))
+    assert 1e-3 < error < 0.15
+
+
+@pytest.mark.parametrize("order", [("int8", "fp8"), ("fp8", "int8")])
+def test_of_types_of_one_width_a_value_has_integers(order: tuple[str, str]):
+    before = program(
+        f"""g (float[1,2,5,5] x) => (float[1,3,5,5] y, float[1,3,5,5] z)
+        <{zeros("w", 3, 2, 1, 1)}, {zeros("v", 3, 2, 1, 1)}> {{
+          [a] y = Conv(x, w)
+          [b] z = Conv(x, v)
+        }}""",
+        w=(3, 2, 1, 1), v=(3, 2, 1, 1),
+    )  # fmt: skip
+    result = before
+    context = make_context(before, precisions=frozenset({"fp32", "int8", "fp8"}))
+    candidates, _ = proposals(InsertQdq(), before, context)
+    for site, choice in zip("ab", order, strict=True):
+        [mine] = [c for c in candidates if (c.site, c.choice) == (site, choice)]
+        result = apply_candidate("insert-qdq", mine, result).after
+    reads = {n: result.node(n).inputs[0].producer() for n in "ab"}
+    assert reads["a"] is reads["b"]
+    assert reads["a"].inputs[0].dtype == ir.DataType.UINT8

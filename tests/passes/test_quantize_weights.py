@@ -12,11 +12,11 @@ from optcompiler.damage import run_batches
 from optcompiler.errors import InputError
 from optcompiler.ops import builtin_table
 from optcompiler.program import Program, constant
-from optcompiler.quantization import quantize_array, weight_scales
+from optcompiler.quantization import QuantizationScheme, quantize_array, weight_scales
 from optcompiler.target import Target
 from optcompiler_cpu.backend import CpuBackend
 from optcompiler_onnxruntime.backend import OnnxRuntimeBackend
-from optcompiler_passes._blocks import block_scales
+from optcompiler_passes._blocks import block_parameters, block_scales
 from optcompiler_passes.insert_qdq import InsertQdq
 from optcompiler_passes.pack_weights import PackWeights
 from optcompiler_passes.quantize_weights import QuantizeWeights
@@ -35,6 +35,7 @@ TEXT = """g (float[3,96] x) => (float[3,40] y)
   [second] y = Gemm<transB = 1>(r, v, b)
 }"""
 PASS = QuantizeWeights(least_weights=1)
+SHIFTED = QuantizeWeights(least_weights=1, symmetric=False)
 
 
 def context(source: Program, **changes):
@@ -69,9 +70,15 @@ def test_weights_get_blocks_along_what_is_summed_over():
     assert set(before.graph.initializers) <= set(after.graph.initializers)
 
 
-def test_packed_programs_run_on_either_backend(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("pass_", "precision", "dtype"),
+    [(PASS, "int4", "INT4"), (SHIFTED, "int4", "UINT4"), (PASS, "w8", "INT8")],
+)
+def test_packed_programs_run_on_either_backend(
+    pass_: QuantizeWeights, precision: str, dtype: str, tmp_path: Path
+):
     before = filled_program(HEAD + TEXT)
-    after, _ = apply_all(PASS, before, context(before))
+    after, _ = apply_all(pass_, before, context(before, precisions=frozenset({precision})))
     packed, _ = apply_all(PackWeights(), after, context(after))
     assert not {"w", "v"} & set(packed.graph.initializers)
     inputs = random_inputs(packed, 3)
@@ -86,9 +93,13 @@ def test_packed_programs_run_on_either_backend(tmp_path: Path):
         runner.close()
         [first, *_] = [k for k in backend.kernels(packed, target) if k.kind == "gemm"]
         assert first.weight_bytes < 96 * 64 * 1.1
+    made = packed.node("first").inputs[1].producer()  # type: ignore[union-attr]
+    assert made.inputs[0].dtype.name == dtype
     ours, theirs = results
     # ONNX Runtime rounds activations to 8 bits for such a product
     assert np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(ours)
+    [[wanted]] = run_batches(packed, [inputs], builtin_table())
+    np.testing.assert_allclose(ours, wanted.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_scales_are_no_worse_than_a_search_and_take_two_bytes():
@@ -104,6 +115,47 @@ def test_scales_are_no_worse_than_a_search_and_take_two_bytes():
 
     by_block = np.stack([weight_scales(weight[i : i + 32], "INT4", axis=1) for i in (0, 32, 64)])
     assert error(scales, 32) < error(by_block, 32) < error(weight_scales(weight, "INT4", 1), 0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_zero_points_serve_blocks_that_lie_to_one_side(axis: int):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((70, 50)).astype(np.float32)
+    weight[:, :10] = np.abs(weight[:, :10]) + 0.5
+    weight[:32, 20] = 0.0
+    errors = []
+    for dtype in ("INT4", "UINT4"):
+        scheme = QuantizationScheme(dtype, axis, 32, symmetric=dtype == "INT4")
+        scales, zeros = block_parameters(weight, scheme)
+        assert scales.shape == zeros.shape == ((3, 50) if axis == 0 else (70, 2))
+        np.testing.assert_array_equal(scales, scales.astype(np.float16).astype(np.float32))
+        levels = quantize_array(weight, scales, zeros, dtype, axis, 32)
+
+        def wide(array: np.ndarray) -> np.ndarray:
+            return np.repeat(array, 32, axis)[:70, :50]
+
+        error = np.square(weight - (levels - wide(zeros)) * wide(scales))
+        starts = np.arange(0, weight.shape[axis], 32)
+        errors.append(np.add.reduceat(error, starts, axis))
+    symmetric, shifted = errors
+    assert (shifted <= symmetric * (1 + 1e-5)).all()
+    assert shifted.sum() < 0.8 * symmetric.sum()
+
+
+def test_bytes_have_a_scale_for_each_column():
+    before = filled_program(HEAD + TEXT)
+    before.model.opset_imports[""] = 18
+    both = context(before, precisions=frozenset({"fp32", "int4", "w8"}))
+    candidates, _ = proposals(PASS, before, both)
+    assert [(c.site, c.choice) for c in candidates] == [("first", "w8"), ("second", "w8")]
+    assert candidates[0].details == {"scheme": "int8 per channel"}
+    after, _ = apply_all(PASS, before, both)
+    assert blocks_of(after, "first") == ("DequantizeLinear", 1, 0, (64,))
+    assert blocks_of(after, "second") == ("DequantizeLinear", 0, 0, (40,))
+    assert after.opset == 18
+    newer = filled_program(HEAD + TEXT)
+    candidates, _ = proposals(PASS, newer, both)
+    assert [c.choice for c in candidates] == ["int4", "w8", "int4", "w8"]
 
 
 def test_reasons_for_leaving_weights_alone():
