@@ -13,6 +13,7 @@ from benchmarks import integers_first
 from benchmarks.quality.cells import Cell, Made
 from benchmarks.zoo import Subject
 from optcompiler.pipeline import resolve
+from optcompiler_onnxruntime.backend import MODEL, OnnxRuntimeBackend
 
 PRECISIONS = {"w8a8": "int8", "w4a8": "w4a8", "w4a4": "w4a4", "w4": "int4"}
 TUNING = ("equalize", "round-weights", "correct-bias", "reconstruct", "distill")
@@ -68,8 +69,8 @@ def session(program: oc.Program, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "model.onnx"
-        program.inlined().save(path)
+        OnnxRuntimeBackend().lower(program, oc.Target("onnxruntime"), Path(directory))
+        path = Path(directory) / MODEL
         running = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [i.name for i in running.get_inputs()]
 
