@@ -49,7 +49,7 @@ def main() -> None:
         known = {entry.pop("key"): entry for entry in json.loads(options.json.read_text())}
     wanted = cells(options)
     for index, cell in enumerate(wanted):
-        if cell.key in known:
+        if known.get(cell.key, {}).get("score") is not None:
             continue
         say(f"{index + 1} of {len(wanted)}: {cell.subject}, {cell.tool} {cell.variant}, "
             f"{cell.setting}, {cell.samples} samples, seed {cell.seed}")  # fmt: skip

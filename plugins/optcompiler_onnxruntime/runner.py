@@ -16,6 +16,10 @@ from optcompiler import scratch
 from optcompiler.backend import Runner
 from optcompiler.errors import InputError, UnsupportedOperatorError
 
+_AS_WRITTEN = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""ONNX Runtime multiplies weights of 4 bits with activations that it rounds to 8 bits, by itself
+(level 4). Level 1 leaves them in float, as the program says."""
+
 _RENAMED = re.compile(r"^fused |(_token_\d+|/MatMulAddFusion\w*|/\w+Fusion\w*|_nchwc)$")
 """What ONNX Runtime adds to the name of a node that it fuses."""
 
@@ -112,7 +116,7 @@ def _opened(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what goes wrong comes as an exception too
-    for key, value in entries.items():
+    for key, value in {**_AS_WRITTEN, **entries}.items():
         options.add_session_config_entry(key, value)
     if profile:
         options.enable_profiling = True
