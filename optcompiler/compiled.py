@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from optcompiler.backend import Backend, Runner
+    from optcompiler.explaining import Sensitivity
     from optcompiler.ledger import Ledger
     from optcompiler.plugins import Registry
     from optcompiler.program import Port, Program
@@ -169,6 +170,12 @@ class Compiled:
         from optcompiler.summary import render
 
         return render(self.manifest, self.ledger, self.measurements)
+
+    def sensitivity(self) -> list[Sensitivity]:
+        """What each lossy choice damages alone, by site; the site that hurts most first."""
+        from optcompiler.explaining import sensitivities
+
+        return sensitivities(self.ledger)
 
     def report(self, path: str | Path) -> Path:
         """Write a self-contained HTML page: the summary, every ledger row and every kernel."""

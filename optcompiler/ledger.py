@@ -24,6 +24,10 @@ overrun."""
 FAULTY = (ROLLED_BACK, QUARANTINED)
 """Outcomes of the candidates of a pass that broke its contract."""
 
+TUNING = "tuning"
+"""Key of `details` of rows of tuning passes: the damage `before` and `after`, empty where nothing
+was tuned."""
+
 
 @dataclass(frozen=True)
 class Row:

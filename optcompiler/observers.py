@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -29,6 +30,22 @@ Float64 = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]
 
 BINS = 4096
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an observer knows of the values it saw, for the ledger.
+
+    `low` and `high` are the least and the greatest finite value, `zeros` how many were 0; the
+    others are counted around `centres` ([bins], ascending; both empty for an observer that keeps no
+    distribution).
+    """
+
+    low: float
+    high: float
+    zeros: int
+    centres: Float64
+    counts: Float64
 
 
 class Observer(ABC):
@@ -52,6 +69,10 @@ class Observer(ABC):
     def non_finite(self) -> int:
         """How many of the values were NaN or infinite; they do not count in the range."""
         return 0
+
+    def summary(self) -> Seen | None:
+        """How the values were spread, for the ledger; None where nothing is known of it."""
+        return None
 
 
 class _HistogramObserver(Observer):
@@ -126,6 +147,11 @@ class _HistogramObserver(Observer):
         np.add.at(merged, target, self._counts)
         self._counts, self._first = merged, new_first
         self._exponent += 1
+
+    def summary(self) -> Seen | None:
+        if not math.isfinite(self._low):
+            return None
+        return Seen(self._low, self._high, self._zeros, *self._bins())
 
     def _extremes(self) -> tuple[float, float]:
         """Least and greatest value seen, zero included. Raises `InputError` when nothing was."""

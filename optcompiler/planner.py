@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from optcompiler.budget import Budget
 from optcompiler.damage import Judge
 from optcompiler.errors import Declined, PassFault, PluginError, VerificationError
-from optcompiler.ledger import DECLINED, REJECTED, TAKEN, Row
+from optcompiler.ledger import DECLINED, REJECTED, TAKEN, TUNING, Row
 from optcompiler.program import Program
 from optcompiler.rewriting import Candidate, Pass, Stage, guarded
 from optcompiler.session import Refusal, Scorer, Session, Step
@@ -140,7 +140,7 @@ class Planner:
             outcome = TAKEN if kept else REJECTED
             reason = f"damage {before:.3g} before, {after:.3g} after"
             row = session.row(pass_, candidate, outcome, reason)
-            details = {**row.details, "tuning": {"before": before, "after": after}}
+            details = {**row.details, TUNING: {"before": before, "after": after}}
             session.ledger.add(replace(row, damage=after, details=details))
         for row in best.untuned:
             session.ledger.add(row)
@@ -363,7 +363,7 @@ class Planner:
         )  # fmt: skip
 
     def _not_tuned(self, tuner: Pass, why: str) -> Row:
-        return Row(tuner.name, "program", "-", DECLINED, why, exact=False)
+        return Row(tuner.name, "program", "-", DECLINED, why, exact=False, details={TUNING: {}})
 
     def _worth_tuning(self, probe: Probe) -> bool:
         limit, allowed = self.budget.damage_limit, self.budget.max_drop
@@ -391,7 +391,7 @@ class Planner:
                 tuned.append((tuner, candidate, damage, changed, changed < damage))
                 if changed < damage:
                     program, damage = patch.after, changed
-            untuned += declined
+            untuned += [replace(r, details={**r.details, TUNING: {}}) for r in declined]
         return program, damage, tuned, untuned
 
     def _realise(

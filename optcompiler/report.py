@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from optcompiler.ledger import DECLINED, Row
+from optcompiler.evidence import ACTIVATIONS, WEIGHT
+from optcompiler.explaining import (
+    Form,
+    Layer,
+    Tensor,
+    activation_cells,
+    columns_of,
+    layers_of,
+    sensitivities,
+    weight_cells,
+)
+from optcompiler.ledger import DECLINED, TAKEN, Row
 from optcompiler.summary import (
     cell,
     comparisons,
@@ -42,6 +54,9 @@ summary { cursor: pointer; padding: .3rem 0 } .soft { color: var(--soft) }
 .taken, .passed { color: var(--good) } .failed, .reverted, .rolled { color: var(--bad) }
 .bars { width: 30%; min-width: 9rem }
 .bar { height: .5rem; margin: .2rem 0; background: var(--accent) }
+svg { max-width: 100%; height: auto; display: block } .fill { fill: var(--accent) }
+.edge { stroke: var(--second); stroke-width: 2; fill: none } svg text { fill: var(--ink);
+  font-size: 12px }
 .bar.m { background: var(--second) } .key { display: inline-block; width: 1.2rem; height: .5rem }
 """
 
@@ -56,6 +71,8 @@ def page(artifact: Artifact) -> str:
         _section("Before and after", _comparisons(m)),
         _section("Gates", _gates(m.get("gates") or [])),
         _section("Why each part is as it is", _ledger(artifact)),
+        _section("What each precision damages alone", _sensitivity(artifact.ledger)),
+        _section("Layers in numbers", _layers(artifact.ledger)),
         _section("Kernels", _kernels(m.get("kernels") or [])),
         _section("Compile time", _seconds(m.get("compile_seconds") or {})),
         _section("Files", _files(manifest.get("files") or {})),
@@ -133,6 +150,94 @@ def _ledger_row(row: Row) -> str:
         _td(figure(row.saving_us), "n"),
         _td(damage, "n"),
         _td(row.reason),
+    )
+
+
+def _sensitivity(ledger: Iterable[Row]) -> str:
+    found = sensitivities(ledger)
+    columns = columns_of(found)
+    rows: list[str] = []
+    for site in found:
+        cells = [f"<td><code>{_text(site.site)}</code></td>"]
+        for choice in columns:
+            row = site.choices.get(choice)
+            style = "n taken" if choice == site.taken else "n"
+            cells.append(_td(figure(row.damage) if row else "", style))
+        rows.append(_row(*cells, _td(site.taken or "none")))
+    return _table(["site", *columns, "taken"], rows, numeric=set(range(1, len(columns) + 1)))
+
+
+def _layers(ledger: Iterable[Row]) -> str:
+    rows = list(ledger)
+    sites = dict.fromkeys(
+        r.site for r in rows if r.details.get(ACTIVATIONS) or r.details.get(WEIGHT)
+    )
+    return "\n".join(map(_layer, layers_of(rows, sites)))
+
+
+def _layer(layer: Layer) -> str:
+    mine = [r for r in layer.rows if not r.exact and (r.site == layer.node or r in layer.tuning)]
+    taken = next((r.choice for r in mine if r.outcome == TAKEN and r.site == layer.node), "float")
+    parts = [
+        f"<p>activation <code>{_text(t.name)}</code>: {_text(t.seen)}</p>{_histogram(t)}"
+        for t in layer.activations
+    ]
+    head = ["choice", "type", "low", "high", "scale", "zero point", "clipped", "SQNR"]
+    rows = [
+        _row(_td(t.name), _form_cells(f, activation_cells(f)))
+        for t in layer.activations
+        for f in t.forms
+    ]
+    parts.append(_table(["activation", *head], rows, numeric=set(range(3, 9))))
+    head = ["weight", "type", "low", "high", "scales", "least", "median", "greatest", "clipped"]
+    forms = layer.weight.forms if layer.weight else ()
+    rows = [_row(_form_cells(f, weight_cells(f))) for f in forms]
+    parts.append(_table([*head, "SQNR"], rows, numeric=set(range(2, 10))))
+    decided = _table(
+        ["pass", "choice", "outcome", "saves µs", "damage", "reason"],
+        [_ledger_row(replace(r, nodes=(), site=r.pass_name)) for r in mine], numeric={3, 4},
+    )  # fmt: skip
+    return (
+        f"<details><summary><code>{_text(layer.node)}</code> "
+        f'<span class="soft">{_text(taken)}</span></summary>\n{decided}{"".join(parts)}</details>'
+    )
+
+
+def _form_cells(form: Form, cells: Sequence[str]) -> str:
+    first, *rest = cells
+    style = "taken" if form.taken else ""
+    return _td(form.choice, style) + _td(first) + "".join(_td(c, "n") for c in rest)
+
+
+def _histogram(tensor: Tensor) -> str:
+    """Bars for counts, a line below them for each range that was tried."""
+    counts, span = tensor.histogram, tensor.span
+    if not counts or span is None:
+        return ""
+    most = max(counts) or 1
+    each, high, step = 12, 72, 16
+    wide = each * len(counts)
+    drawn = [
+        f'<rect class="fill" x="{each * i}" y="{high - height:.1f}" width="{each - 1}" '
+        f'height="{height:.1f}"/>'
+        for i, c in enumerate(counts)
+        if (height := max(high * c / most, 1.0 if c else 0.0))
+    ]
+    below = high + 4
+    for (low, top), choices in tensor.ranges.items():
+        ends = [
+            min(max((end - span[0]) / (span[1] - span[0]), 0.0), 1.0) * wide for end in (low, top)
+        ]
+        below += step
+        drawn.append(
+            f'<path class="edge" d="M{ends[0]:.1f} {below - 9}v6M{ends[0]:.1f} {below - 6}'
+            f'H{ends[1]:.1f}M{ends[1]:.1f} {below - 9}v6"/>'
+            f'<text x="{wide + 8}" y="{below - 2}">{_text(", ".join(choices))}: '
+            f"{_text(figure(low))} to {_text(figure(top))}</text>"
+        )
+    return (
+        f'<svg viewBox="0 0 {wide + 260} {below + 6}" width="{wide + 260}" '
+        f'height="{below + 6}" role="img" aria-label="{_text(tensor.seen)}">{"".join(drawn)}</svg>'
     )
 
 

@@ -26,6 +26,7 @@ from optcompiler.ledger import (
 WIDTH = 100
 _ROWS_PER_PASS = 12
 _KERNELS = 10
+_SITES = 8
 _ORDER = {TAKEN: 0, REVERTED: 1, ROLLED_BACK: 2, QUARANTINED: 3, REJECTED: 4, DECLINED: 5}
 
 
@@ -73,6 +74,7 @@ def _parts(
         yield cell("")
         yield _gates(gates)
     yield from _ledger(ledger)
+    yield from _sensitivity(ledger)
     if kernels := measurements.get("kernels"):
         yield cell("")
         yield kernel_table(kernels, limit=_KERNELS)
@@ -200,6 +202,17 @@ def _ledger(ledger: Ledger) -> Iterable[RenderableType]:
             yield cell(
                 f"  and {left} more: {counts(rows[_ROWS_PER_PASS:])}; all are in ledger.json"
             )
+
+
+def _sensitivity(ledger: Ledger) -> Iterable[RenderableType]:
+    from optcompiler.explaining import sensitivities, sensitivity_table
+
+    found = [s for s in sensitivities(ledger) if len(s.choices) > 1]
+    if found:
+        yield cell("\nwhat each choice damages alone, * is taken")
+        yield sensitivity_table(found, _SITES)
+        if len(found) > _SITES:
+            yield cell(f"  and {len(found) - _SITES} more that hurt less")
 
 
 def row_table(rows: Iterable[Row], *, with_pass: bool = False) -> Table:

@@ -12,7 +12,7 @@ import pytest
 from optcompiler import planner as planner_module
 from optcompiler.budget import Budget
 from optcompiler.errors import INVALID, RAISED, Declined, PassFault, PluginError
-from optcompiler.ledger import DECLINED, REJECTED, TAKEN, Row
+from optcompiler.ledger import DECLINED, REJECTED, TAKEN, TUNING, Row
 from optcompiler.planner import Offer, Planner, Probe, in_order
 from optcompiler.program import Program
 from optcompiler.rewriting import Candidate, Decline, Pass, Stage
@@ -706,6 +706,7 @@ def test_tuning_brings_a_plan_back_into_the_budget() -> None:
         ("swap", TAKEN, INSIDE, 1.0),
         ("tune", TAKEN, "damage 1 before, 0.25 after", 0.25),
     ]
+    assert got.session.ledger[1].details == {TUNING: {"before": 1.0, "after": 0.25}}
     assert got.notes == ["1 lossy candidates: damage 0.25 holds the budget"]
 
 

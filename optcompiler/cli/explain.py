@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from optcompiler.artifact import Artifact
+    from optcompiler.explaining import Layer
     from optcompiler.ledger import Row
     from optcompiler.plugins import Registry
 
@@ -28,18 +29,23 @@ def explain(
 ) -> None:
     """Say why NODE is as it is: what was tried on it, what came of it, which kernels hold it.
 
-    Without NODE, every row of the ledger.
+    For a layer whose precision was in question: the values that calibration saw, the ranges and
+    scales tried, what they lose, and what tuning won back. Without NODE, every row of the ledger.
     """
     from optcompiler.artifact import open_artifact
+    from optcompiler.explaining import layer_of
 
     opened = open_artifact(artifact)
-    rows = list(opened.ledger) if node is None else opened.ledger.about(node)
+    layer = None if node is None else layer_of(opened.ledger, node)
+    rows = list(opened.ledger) if layer is None else list(layer.rows)
     data: dict[str, Any] = {"artifact": str(artifact), "node": node, "rows": rows}
     if node is not None:
         _require_known(opened, node)
         data["kernels"] = [k for k in _kernels(opened) if node in (k.get("nodes") or ())]
         data["program"] = _mentions(opened, node)
-    write(data, lambda: _parts(node, rows, data), as_json=as_json)
+    if layer is not None:
+        data |= layer.data()
+    write(data, lambda: _parts(layer, rows, data), as_json=as_json)
 
 
 def _kernels(artifact: Artifact) -> list[dict[str, Any]]:
@@ -71,10 +77,11 @@ def _require_known(artifact: Artifact, node: str) -> None:
     )
 
 
-def _parts(node: str | None, rows: list[Row], data: dict[str, Any]) -> Iterable[RenderableType]:
+def _parts(layer: Layer | None, rows: list[Row], data: dict[str, Any]) -> Iterable[RenderableType]:
+    from optcompiler.explaining import layer_parts
     from optcompiler.summary import cell, counts, kernel_table, row_table
 
-    if node is None:
+    if layer is None:
         yield cell(counts(rows) or "the ledger is empty")
         yield row_table(rows, with_pass=True)
         return
@@ -84,7 +91,8 @@ def _parts(node: str | None, rows: list[Row], data: dict[str, Any]) -> Iterable[
         yield cell("")
         yield row_table(rows, with_pass=True)
     else:
-        yield cell(f"{node}: no pass proposed or declined anything here")
+        yield cell(f"{layer.node}: no pass proposed or declined anything here")
+    yield from layer_parts(layer)
     if data["kernels"]:
         yield cell("")
         yield kernel_table(data["kernels"])

@@ -34,7 +34,7 @@ def insert_blocks(
     """Let `node` read `weight`, a constant matrix, in the blocks of `scheme` as second operand."""
     array = laid_out(weight)
     assert array is not None
-    scales, zeros = _parameters(weight, array, scheme)
+    scales, zeros = blocks_of(weight, array, scheme)
     parameters = editor.parameters(str(weight.name), scales, zeros, scheme.dtype)
     pair = editor.insert_pair(weight, *parameters, axis=scheme.axis, block_size=scheme.block)
     node.replace_input_with(1, pair.value)
@@ -57,7 +57,7 @@ def insert_channels(
     node.replace_input_with(1, pair.value)
 
 
-def _parameters(
+def blocks_of(
     value: ir.Value, array: np.ndarray, scheme: QuantizationScheme
 ) -> tuple[np.ndarray, np.ndarray]:
     """`block_parameters` of a weight, kept on its tensor: rewrites run many times in a search."""

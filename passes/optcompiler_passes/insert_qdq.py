@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from optcompiler import evidence
 from optcompiler.backend import Capabilities
 from optcompiler.errors import InputError
-from optcompiler.observers import Observer, builtin_observers, observe
+from optcompiler.observers import Observer, Seen, builtin_observers, observe
 from optcompiler.program import Program, constant
 from optcompiler.quantization import (
     FLOAT8,
@@ -21,7 +22,7 @@ from optcompiler.quantization import (
     weight_scales,
 )
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
-from optcompiler_passes._blocks import BLOCKED_SINCE, insert_blocks
+from optcompiler_passes._blocks import BLOCKED_SINCE, blocks_of, insert_blocks
 from optcompiler_passes._qdq import (
     Editor,
     Pair,
@@ -130,6 +131,8 @@ class InsertQdq(Pass):
                     scheme = QuantizationScheme(dtype, symmetric=even)
                     low, high = observer.range(scheme.range_bits, even)
                     of_dtype[name] = scheme.parameters(low, high)
+        summaries = {name: o.summary() for name, o in observers.items()}
+        told: set[str] = set()
         for site in survey.sites:
             bad = next((n for n in site.watched if n in broken), None)
             if bad is not None:
@@ -155,8 +158,7 @@ class InsertQdq(Pass):
                     site.node, choice, rewrite, exact=False, nodes=site.nodes,
                     note="; ".join(filter(None, (note, site.note))),
                     details={
-                        "observer": self.observer,
-                        "scales": {n: float(scale) for n, (scale, _) in mine.items()},
+                        "observer": self.observer, **rewrite.evidence(program, summaries, told),
                     },
                 )  # fmt: skip
 
@@ -250,6 +252,38 @@ class Quantize:
             pair = self._pair(editor, output, self.site.output)
             for reader, index in list(readers(output)):
                 reader.replace_input_with(index, pair.value)
+
+    def evidence(
+        self, program: Program, summaries: Mapping[str, Seen | None], told: set[str]
+    ) -> dict[str, Any]:
+        """For the ledger; values in `told` were described at another site."""
+        found = {n: s for n in self.site.watched if (s := summaries[n]) and n not in told}
+        told.update(found)
+        details: dict[str, Any] = {
+            evidence.ACTIVATIONS: {
+                name: evidence.activation(summaries[name], self.dtype, float(scale), zero_point)
+                for name, (scale, zero_point) in self.ranges.items()
+            },
+        }
+        if found:
+            details[evidence.OBSERVED] = {n: evidence.observed(s) for n, s in found.items()}
+        node = program.node(self.site.node)
+        if self.site.weight is None or node is None:
+            return details
+        index, axis = self.site.weight
+        weight = node.inputs[index]
+        array = laid_out(weight) if dequantizer(weight) is None else None
+        if weight is None or array is None or not np.isfinite(array).all():
+            return details
+        if self.blocks:
+            scheme = QuantizationScheme("INT4", 1 - axis, BLOCK_SIZE)
+            scales, _ = blocks_of(weight, array, scheme)
+        else:
+            along = axis if self.per_channel and axis >= 0 else None
+            scheme = QuantizationScheme(self.weight_dtype, along)
+            scales = _scales(weight, array, self.weight_dtype, along, self.weight_observer)
+        details[evidence.WEIGHT] = evidence.weight(array, scales, scheme)
+        return details
 
     def _quantize_chain(
         self, editor: Editor, chain: Sequence[str], node: ir.Node, index: int

@@ -6,17 +6,20 @@ import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
+from optcompiler import evidence
 from optcompiler.errors import InputError
 from optcompiler.program import SOURCE_KEY, Program, constant
-from optcompiler.quantization import QuantizationScheme
+from optcompiler.quantization import QuantizationScheme, weight_scales
 from optcompiler.rewriting import Candidate, Decline, Declined, Pass, PassContext, Stage
 from optcompiler_passes._blocks import (
     BLOCKED_SINCE,
     LEAST_WEIGHTS,
+    blocks_of,
     insert_blocks,
     insert_channels,
 )
@@ -98,7 +101,7 @@ class QuantizeWeights(Pass):
                 rewrite = Quantize(name, BITS[precision], self.block_size, self.symmetric)
                 yield Candidate(
                     name, precision, rewrite, exact=False, nodes=(name,),
-                    details={"scheme": str(rewrite.scheme(0))},
+                    details={"scheme": str(rewrite.scheme(0)), **_evidence(rewrite, node, weight)},
                 )  # fmt: skip
 
     def _skipped(self, node: ir.Node) -> str:
@@ -142,6 +145,23 @@ def _reason(node: ir.Node) -> str:
     return ""
 
 
+def _summed(node: ir.Node) -> int:
+    """The axis of the weight that is summed over."""
+    return 1 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else 0
+
+
+def _evidence(rewrite: Quantize, node: ir.Node, array: np.ndarray | None) -> dict[str, Any]:
+    value, scheme = node.inputs[1], rewrite.scheme(_summed(node))
+    if value is None or array is None or not np.isfinite(array).all():
+        return {}
+    zeros = None
+    if scheme.block:
+        scales, zeros = blocks_of(value, array, scheme)
+    else:
+        scales = weight_scales(array, scheme.dtype, scheme.axis)
+    return {evidence.WEIGHT: evidence.weight(array, scales, scheme, zeros)}
+
+
 @dataclass(frozen=True)
 class Quantize:
     """The rewrite of one site."""
@@ -166,8 +186,7 @@ class Quantize:
             raise Declined(f"{self.site!r}: {reason}.")
         value = node.inputs[1]
         assert value is not None
-        summed = 1 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else 0
-        scheme = self.scheme(summed)
+        scheme = self.scheme(_summed(node))
         if scheme.block:
             raise_opset(program, BLOCKED_SINCE)
             insert_blocks(editor, node, value, scheme)

@@ -432,8 +432,8 @@ def test_observers_come_from_the_context():
     context = make_context(before, observers={"half": Half})
     half = proposals(InsertQdq(observer="half"), before, context)[0]
     for a, b in zip(full, half, strict=True):
-        for name, scale in a.details["scales"].items():
-            assert b.details["scales"][name] == pytest.approx(scale / 2)
+        for name, told in a.details["activations"].items():
+            assert b.details["activations"][name]["scale"] == pytest.approx(told["scale"] / 2)
     with pytest.raises(InputError, match="half"):
         proposals(InsertQdq(observer="half"), before)
 
