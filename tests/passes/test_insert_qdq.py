@@ -480,3 +480,18 @@ def test_of_types_of_one_width_a_value_has_integers(order: tuple[str, str]):
     reads = {n: result.node(n).inputs[0].producer() for n in "ab"}
     assert reads["a"] is reads["b"]
     assert reads["a"].inputs[0].dtype == ir.DataType.UINT8
+
+
+def test_details_tell_of_each_value_once_and_of_every_form():
+    offered, _ = proposals(InsertQdq(), conv_relu())
+    observed = [name for c in offered for name in c.details.get("observed", {})]
+    assert observed
+    assert len(observed) == len(set(observed))
+    for candidate in offered:
+        forms = candidate.details["activations"]
+        assert set(forms) <= set(observed)
+        for form in forms.values():
+            assert form["low"] <= 0 <= form["high"]
+            assert form["sqnr_db"] > 20
+        assert candidate.details["weight"]["type"] == "INT8"
+        assert candidate.details["weight"]["sqnr_db"] > 30

@@ -147,7 +147,9 @@ def test_bytes_have_a_scale_for_each_column():
     both = context(before, precisions=frozenset({"fp32", "int4", "w8"}))
     candidates, _ = proposals(PASS, before, both)
     assert [(c.site, c.choice) for c in candidates] == [("first", "w8"), ("second", "w8")]
-    assert candidates[0].details == {"scheme": "int8 per channel"}
+    assert candidates[0].details["scheme"] == "int8 per channel"
+    weight = candidates[0].details["weight"]
+    assert (weight["type"], weight["scales"]["count"]) == ("INT8", 64)
     after, _ = apply_all(PASS, before, both)
     assert blocks_of(after, "first") == ("DequantizeLinear", 1, 0, (64,))
     assert blocks_of(after, "second") == ("DequantizeLinear", 0, 0, (40,))
