@@ -1,4 +1,4 @@
-"""The quality benchmark: twins compute the same, tables say what was lost, steps end where asked."""
+"""The quality benchmark: twins compute the same, tables say what was lost, steps end as asked."""
 
 from __future__ import annotations
 

@@ -94,6 +94,9 @@ def operands(
     if kept is not None and (qa is None or kept.quantization is None):
         return float_operand(low, node, a, narrow=frozenset()), kept
     qb = kept
+    if qb is None and qa is not None:
+        qb = stored_operand(low, b, axis_b, permute_b, groups=True)
+        qb = None if qb is None or qb.quantization is None or qb.quantization.block else qb
     if qb is None:
         second = low.expr(b)
         if permute_b:
@@ -101,7 +104,7 @@ def operands(
         qb = quantised(second, axis_b)
     if qa is not None and qb is not None and qb.quantization is not None:
         if qb.view.buffer.array is not None:
-            qb = _centred(low, qb, axis_b)
+            qb = _centred(low, qb, axis_b, nibbles=kept is not None)
         elif not low.computed_integers or (qb.quantization.zero_point != _middle(qb.view)).any():
             qb = None
         if qb is not None:
@@ -111,10 +114,15 @@ def operands(
     return float_operand(low, node, a), float_operand(low, node, b, permute_b)
 
 
-def stored_operand(low: Lowering, value: ir.Value, axis: int, permute: bool) -> Operand | None:
-    """A constant as it is stored, if that is by channels or along K, and of a type to keep."""
+def stored_operand(
+    low: Lowering, value: ir.Value, axis: int, permute: bool, groups: bool = False
+) -> Operand | None:
+    """A constant as it is stored, if that is by channels or along K, and of a type to keep.
+
+    That of a convolution with `groups` is for those who make bytes of it.
+    """
     rank = len(low.shape(value))
-    if not low.stored or not (rank == 2 or (axis == 0 and _ungrouped(value))):
+    if not low.stored or not (rank == 2 or (axis == 0 and (groups or _ungrouped(value)))):
         return None
     found = low.flat.stored.get(value)
     if found is None and value in low.exprs:
@@ -176,13 +184,13 @@ def _middle(view: View) -> int:
     return 128 if view.dtype == "UINT8" else 0
 
 
-def _centred(low: Lowering, operand: Operand, axis: int) -> Operand | None:
-    """A constant operand less its zero point, as INT8 or as the INT4 that it is; None where neither
-    holds it."""
+def _centred(low: Lowering, operand: Operand, axis: int, nibbles: bool) -> Operand | None:
+    """A constant operand less its zero point, as INT8 or, with `nibbles`, as the INT4 that it is;
+    None where neither holds it."""
     quantization = operand.quantization
     assert quantization is not None
     zero = quantization.zero_point
-    if operand.view.dtype in {"INT8", "INT4"} and not zero.any():
+    if operand.view.dtype in ({"INT8", "INT4"} if nibbles else {"INT8"}) and not zero.any():
         return operand
     array = view_array(operand.view).astype(np.int32)
     along = [1] * array.ndim
@@ -191,8 +199,8 @@ def _centred(low: Lowering, operand: Operand, axis: int) -> Operand | None:
     limits = np.iinfo(np.int8)
     if array.size and (array.min() < limits.min or array.max() > limits.max):
         return None
-    nibbles = operand.view.dtype in {"INT4", "UINT4"}
-    few = nibbles and bool(array.size) and array.min() >= -8 and array.max() <= 7
+    small = nibbles and operand.view.dtype in {"INT4", "UINT4"}
+    few = small and bool(array.size) and array.min() >= -8 and array.max() <= 7
     kind = ir.DataType.INT4.numpy() if few else np.dtype(np.int8)
     view = low.constant(array.astype(kind), operand.view.buffer.source)
     return Operand(view, Quantization(quantization.scale, np.zeros_like(zero)))

@@ -115,10 +115,7 @@ def read_by_contractions(value: ir.Value) -> bool:
         and use.node.domain == ""
         and (
             (use.node.op_type in {"MatMul", "Gemm"} and use.idx == 1)
-            or (
-                use.node.op_type == "Conv" and use.idx == 1
-                and use.node.attributes.get_int("group", 1) == 1
-            )
+            or (use.node.op_type == "Conv" and use.idx == 1)
             or (use.node.op_type in _MOVED and read_by_contractions(use.node.outputs[0]))
         )
         for use in uses

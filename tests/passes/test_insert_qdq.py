@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,8 @@ from optcompiler.observers import MinMaxObserver
 from optcompiler.ops import builtin_table
 from optcompiler.program import Program, constant
 from optcompiler.rewriting import apply_candidate
+from optcompiler.target import Target
+from optcompiler_cpu.backend import CpuBackend
 from optcompiler_passes.insert_qdq import InsertQdq
 from optcompiler_passes.pack_weights import PackWeights
 from tests.support import (
@@ -495,3 +498,82 @@ def test_details_tell_of_each_value_once_and_of_every_form():
             assert form["sqnr_db"] > 20
         assert candidate.details["weight"]["type"] == "INT8"
         assert candidate.details["weight"]["sqnr_db"] > 30
+
+
+GROUPS = f"""g (float[1,8,6,6] x) => (float[1,8,6,6] y)
+<{zeros("w", 16, 8, 1, 1)}, {zeros("v", 16, 1, 3, 3)}, {zeros("u", 16, 4, 3, 3)}, {zeros("t", 8, 16, 1, 1)}> {{
+  [expand] a = Conv(x, w) [r1] ar = Relu(a)
+  [depthwise] b = Conv<group=16, pads=[1,1,1,1]>(ar, v) [r2] br = Relu(b)
+  [grouped] c = Conv<group=4, pads=[1,1,1,1]>(br, u) [r3] cr = Relu(c)
+  [last] y = Conv(cr, t)
+}}"""  # noqa: E501
+FEW = replace(PLAIN, fusions=frozenset({"contraction"}))
+
+
+def few_bits(precision: str, **options) -> tuple[Program, Program]:
+    before = program(GROUPS, w=(16, 8, 1, 1), v=(16, 1, 3, 3), u=(16, 4, 3, 3), t=(8, 16, 1, 1))
+    context = make_context(
+        before, capabilities=FEW, precisions=frozenset({"fp32", precision}),
+        calibration=[random_inputs(before, s) for s in range(4)],
+    )  # fmt: skip
+    return before, apply_all(InsertQdq(**options), before, context)[0]
+
+
+def kinds(program: Program) -> dict[str, str]:
+    return {
+        n.inputs[0].name: n.outputs[0].dtype.name
+        for n in program.graph if n.op_type == "QuantizeLinear"
+    }  # fmt: skip
+
+
+def test_every_weight_may_have_four_bits_per_channel():
+    _, after = few_bits("w4a8")
+    found = kinds(after)
+    assert {found[w] for w in "wvut"} == {"INT4"}
+    assert {found[v] for v in ("x", "ar", "br", "cr")} == {"UINT8"}
+    assert constant(after.value("v_scale")).shape == (16,)
+    assert after.opset == 21
+
+
+def test_four_bit_activations_leave_eight_to_the_ends():
+    _, after = few_bits("w4a4")
+    found = kinds(after)
+    assert (found["x"], found["w"], found["cr"], found["t"]) == ("UINT8", "INT8", "UINT8", "INT8")
+    assert (found["ar"], found["v"], found["br"], found["u"]) == ("UINT4", "INT4", "UINT4", "INT4")
+    _, same = few_bits("w4a4", ends="same")
+    assert set(kinds(same).values()) == {"UINT4", "INT4"}
+
+
+def test_the_wider_of_two_widths_wins_whatever_the_order():
+    before, _ = few_bits("w4a4")
+    found = {}
+    for precision in ("int8", "w4a4"):
+        context = make_context(
+            before, capabilities=FEW, precisions=frozenset({"fp32", precision}),
+            calibration=[random_inputs(before, s) for s in range(4)],
+        )  # fmt: skip
+        candidates, _ = proposals(InsertQdq(ends="same"), before, context)
+        found |= {(c.site, c.choice): c for c in candidates}
+    skip = replace(found["depthwise", "int8"], site="depthwise")
+    orders = ([found["grouped", "w4a4"], skip], [skip, found["grouped", "w4a4"]])
+    texts = set()
+    for order in orders:
+        after = before
+        for candidate in order:
+            after = apply_candidate("insert-qdq", candidate, after).after
+        after.verify(like=before)
+        texts.add(tuple(sorted(kinds(after).items())))
+    assert texts == {(("ar", "UINT8"), ("br", "UINT4"), ("u", "INT4"), ("v", "INT8"))}
+
+
+def test_depthwise_weights_of_four_bits_are_bytes_in_the_cpu_library(tmp_path: Path):
+    _, after = few_bits("w4a8")
+    backend, target = CpuBackend(), Target("cpu", threads=1)
+    assert {k.dtype for k in backend.kernels(after, target) if k.macs} == {"int8"}
+    info = backend.lower(after, target, tmp_path)
+    runner = backend.load(tmp_path, info, threads=1)
+    feed = random_inputs(after, 5)
+    [got], [[wanted]] = runner.run(feed), run_batches(after, [feed], builtin_table())
+    runner.close()
+    scale = float(np.abs(wanted.numpy()).max())
+    assert np.abs(got - wanted.numpy()).max() < 0.01 * scale
