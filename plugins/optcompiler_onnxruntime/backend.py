@@ -56,7 +56,7 @@ class OnnxRuntimeBackend(Backend):
                 f"target {target}: onnxruntime has no option {unknown!r}; it takes threads alone."
             )
         return Capabilities(
-            precisions=frozenset({"fp32", "int8", "int4", "w8"}),
+            precisions=frozenset({"fp32", "int8", "int4"}),
             integer_ops=INTEGER_OPS,
             activation_dtype="UINT8",
             weight_dtype="INT8",
@@ -117,6 +117,7 @@ class OnnxRuntimeBackend(Backend):
             "external_data": DATA if external else None,
             "opset": copy.opset,
             "nodes": len(copy.graph),
+            "weights_of_bytes": _multiplies_bytes(copy),
         }
 
     def load(self, directory: Path, info: Mapping[str, Any], *, threads: int) -> Runner:
@@ -124,7 +125,7 @@ class OnnxRuntimeBackend(Backend):
 
         path = inside(directory, str(info["model"]))
         check_file(path)
-        return OnnxRuntimeRunner(path, threads)
+        return OnnxRuntimeRunner(path, threads, as_written=not info.get("weights_of_bytes"))
 
     def versions(self) -> Mapping[str, str]:
         from importlib.metadata import version
@@ -160,6 +161,20 @@ def _explicit_zero_points(program: Program) -> None:
         zero = program.add_weight("zero_point", np.zeros(shape, dtype=quantized.dtype.numpy()))
         node.resize_inputs(3)
         node.replace_input_with(2, zero)
+
+
+def _multiplies_bytes(program: Program) -> bool:
+    """Whether a MatMul of floats has a constant weight in integers of 8 bits."""
+    for node in program.graph:
+        if node.domain != "" or node.op_type != "MatMul":
+            continue
+        data, weight = (v.producer() if v is not None else None for v in node.inputs[:2])
+        if weight is None or weight.op_type != "DequantizeLinear" or weight.inputs[0] is None:
+            continue
+        bits = weight.inputs[0].dtype in (ir.DataType.INT8, ir.DataType.UINT8)
+        if bits and (data is None or data.op_type != "DequantizeLinear"):
+            return True
+    return False
 
 
 BYTES = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16})

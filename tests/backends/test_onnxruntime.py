@@ -251,6 +251,27 @@ def test_bounds_hold_before_quantisers_of_few_bits(dtype: str, activation: str, 
     assert bounded == (activation.split()[0] if dtype == "int8" else wanted)
 
 
+def test_weights_of_bytes_are_told_to_the_runner(tmp_path: Path):
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[2,4] x) => (float[2,3] y)
+    <int8[4,3] q = {1,2,3,4,5,6,7,8,9,10,11,12}, float[3] s = {0.1,0.2,0.3}, int8[3] z = {0,0,0}> {
+      w = DequantizeLinear<axis = 1>(q, s, z)
+      y = MatMul(x, w)
+    }"""
+    for dtype, wanted in (("int8", True), ("int4", False)):
+        program = Program.from_text(
+            text.replace("int8", dtype).replace("8,9,10,11,12", "7,6,5,4,3")
+        )
+        directory = tmp_path / dtype
+        directory.mkdir()
+        info = OnnxRuntimeBackend().lower(program, TARGET, directory)
+        assert info["weights_of_bytes"] is wanted
+        runner = OnnxRuntimeBackend().load(directory, info, threads=1)
+        inputs = random_inputs(program, 0)
+        assert_close(runner.run(inputs), run_onnx(program, inputs), 0.02)
+        runner.close()
+
+
 def test_large_weights_go_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("optcompiler_onnxruntime.backend.EXTERNAL_ABOVE_BYTES", 100)
     monkeypatch.setattr("optcompiler_onnxruntime.backend.EXTERNAL_TENSOR_BYTES", 16)
