@@ -25,6 +25,8 @@ class Budget:
     data, in the unit of the damage measure (see `damage`). `max_latency_ms` (median, measured on
     the finished artifact), `max_size_mb` (weights and code, 10^6 bytes) and `search_minutes` (after
     which the best plan so far is taken).
+    Where weights are larger than `max_size_mb`, what makes them smaller is taken too though it
+    saves no time.
 
     When neither `max_drop` nor `max_damage` is given, lossy rewrites are held to a damage of
     `DEFAULT_MAX_DAMAGE`. Raises `InputError` for a negative limit or a drop without a metric.

@@ -411,7 +411,8 @@ class Job:
         self, builds: list[Built], clean: Program, planner: Planner | None, probe: Probe | None
     ) -> tuple[Built, Probe | None]:
         """Undo what made the artifact slower than the exact program or the one as imported."""
-        final, others = builds[0], builds[1:]
+        final = builds[0]
+        others = [b for b in builds[1:] if self._fits(b) or not self._fits(final)]
         fastest = min(others, key=lambda b: b.measured_us or float("inf"), default=None)
         if fastest is None or not finish.slower(final, fastest):
             return final, probe
@@ -438,6 +439,11 @@ class Job:
             if row.outcome == "taken" and row.exact:
                 self._revert([row.key], final, fastest)
         return fastest, None
+
+    def _fits(self, built: Built) -> bool:
+        """Whether the size limit allows it: what is too large is no alternative to what is not."""
+        limit = self.budget.max_size_mb
+        return limit is None or built.size_bytes <= 1e6 * limit
 
     def _revert(self, keys: Sequence[tuple[str, str, str]], slow: Built, fast: Built) -> None:
         reason = (

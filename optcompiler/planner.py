@@ -13,6 +13,9 @@ plan chosen is tuned in the end if it was not and has something to win back.
 Reduced precision pays between neighbours: alone, a quantised layer also pays for converting its
 input and output. A candidate of stage QUANTIZE is therefore priced by what would be lost if it
 alone were left out.
+
+Where `Budget.max_size_mb` is given and the weights of that plan are larger, offers that save bytes
+and no time are added to it, those of least damage for a byte first.
 """
 
 from __future__ import annotations
@@ -53,6 +56,8 @@ class Offer:
     candidate: Candidate
     saving_us: float
     damage: float
+    saved_bytes: int = 0
+    """By which the weights become smaller; see `stored_bytes`."""
 
     @property
     def key(self) -> Key:
@@ -124,7 +129,8 @@ class Planner:
         order = in_order(offers, self.budget.damage_limit)
         best = self._empty(base)
         if order:
-            best = self._finished(self._search(base, order, best))
+            best = self._search(base, order, best)
+        best = self._finished(self._made_to_fit(base, offers, best))
         taken = {o.key for o in best.chosen}
         for offer in offers:
             if offer.key in best.refused:
@@ -154,6 +160,9 @@ class Planner:
         """Why an offer is not in the plan, with the figures that decided."""
         choice, taken = offer.candidate.choice, None
         if not offer.saving_us > 0:
+            limit = self.budget.max_size_mb
+            if limit is not None and offer.saved_bytes > 0:
+                return self._why_not_smaller(offer, limit, best)
             known = math.isfinite(offer.saving_us)
             return NO_FASTER + (f": it saves {offer.saving_us:.3g} us" if known else "")
         for other in best.chosen:
@@ -187,6 +196,18 @@ class Planner:
                 return f"{alone}; {others}{why}{ending}"
         return f"{alone}; the search ended before it{ending}"
 
+    def _why_not_smaller(self, offer: Offer, limit: float, best: Probe) -> str:
+        """Why an offer that saves bytes and no time is not in the plan."""
+        held = stored_bytes(best.program) / 1e6
+        if any(o.site == offer.site for o in best.chosen):
+            return f"{NO_FASTER}, and another choice is taken here"
+        if held <= limit:
+            return f"{NO_FASTER}, and the weights are {held:.3g} MB without it, within {limit:.3g}"
+        return (
+            f"it would save {offer.saved_bytes / 1e6:.3g} MB and damages {offer.damage:.3g} alone, "
+            f"more with what is taken than the budget {self.budget.damage_limit:.3g} holds"
+        )
+
     # -- offers -----------------------------------------------------------------------------
 
     def _offers(self, base: Program) -> list[Offer]:
@@ -207,7 +228,9 @@ class Planner:
                 session.ledger.add(row)
                 continue
             damage = session.damage_of(self.quick, pass_, candidate, patch)
-            priced.append(Offer(pass_, candidate, price - session.price_us(patch.after), damage))
+            saved = stored_bytes(base) - stored_bytes(patch.after)
+            price_after = session.price_us(patch.after)
+            priced.append(Offer(pass_, candidate, price - price_after, damage, saved))
         return self._priced_together(base, priced)
 
     def _priced_together(self, base: Program, offers: list[Offer]) -> list[Offer]:
@@ -319,6 +342,38 @@ class Planner:
     def _empty(self, base: Program) -> Probe:
         score = self._scored(base) if self.score else None
         return Probe((), base, self._damaged(base), score, True, "", {})
+
+    def _made_to_fit(self, base: Program, offers: Sequence[Offer], best: Probe) -> Probe:
+        """`best` with offers that save bytes and no time, until its weights are `max_size_mb`.
+
+        Those that damage least for a byte come first, at sites where `best` has nothing. With all
+        that it takes over the budget, as many are taken as hold it.
+        """
+        limit = self.budget.max_size_mb
+        over = stored_bytes(best.program) - 1e6 * limit if limit is not None else 0.0
+        if not over > 0:
+            return best
+        taken = {o.site for o in best.chosen}
+        left = [o for o in offers if o.saved_bytes > 0 >= o.saving_us and o.site not in taken]
+        left.sort(key=lambda o: (o.damage / o.saved_bytes, o.key))
+        order: list[Offer] = []
+        for offer in left:
+            if over > 0 and offer.site not in {o.site for o in order}:
+                order.append(offer)
+                over -= offer.saved_bytes
+        low, high, bare = 0, len(order), best
+        for _ in range(PROBES):
+            if high <= low:
+                break
+            probe = self._probe(base, [*bare.chosen, *order[:high]])
+            if probe.holds:
+                best, low = probe, high
+                if high == len(order):
+                    break
+            else:
+                order = order[: high - 1]
+            high = (low + len(order) + 1) // 2
+        return best
 
     def _probe(self, base: Program, prefix: Sequence[Offer]) -> Probe:
         chosen = _deepest(prefix)
@@ -437,6 +492,18 @@ class Planner:
     def without(self, base: Program, probe: Probe, keys: set[Key]) -> Probe:
         """The plan with some offers taken out, applied and measured again."""
         return self._probe(base, [o for o in probe.chosen if o.key not in keys])
+
+
+def stored_bytes(program: Program) -> int:
+    """Bytes of the weights, those behind quantisers as the levels that they will be stored as."""
+    total = program.weight_bytes
+    for node in program.graph:
+        value = node.inputs[0] if node.op_type == "QuantizeLinear" else None
+        held = value.const_value if value is not None else None
+        kind = node.outputs[0].dtype
+        if value is not None and held is not None and kind is not None and len(value.uses()) == 1:
+            total += int(held.size * kind.bitwidth / 8) - held.nbytes
+    return total
 
 
 def _kept(tuned: Sequence[Tuned]) -> list[Step]:

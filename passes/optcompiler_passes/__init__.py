@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 @hookimpl
 def optcompiler_passes() -> Iterable[type[Pass]]:
     from optcompiler_passes.cast_bf16 import CastBf16
+    from optcompiler_passes.codebook_weights import CodebookWeights
     from optcompiler_passes.correct_bias import CorrectBias
     from optcompiler_passes.distill import Distill
     from optcompiler_passes.equalize import Equalize
@@ -30,7 +31,7 @@ def optcompiler_passes() -> Iterable[type[Pass]]:
     from optcompiler_passes.unify_caps import UnifyCaps
 
     return [
-        CastBf16, CorrectBias, Distill, Equalize, FoldBatchNorm, FuseOperators, InsertQdq,
-        MoveIntegers, PackWeights, PruneChannels, PruneDeadChannels, QuantizeWeights, Reconstruct,
-        Simplify, UnifyCaps,
+        CastBf16, CodebookWeights, CorrectBias, Distill, Equalize, FoldBatchNorm, FuseOperators,
+        InsertQdq, MoveIntegers, PackWeights, PruneChannels, PruneDeadChannels, QuantizeWeights,
+        Reconstruct, Simplify, UnifyCaps,
     ]  # fmt: skip

@@ -91,6 +91,8 @@ class FoldingPolicy:
         if output.is_graph_output() or not isinstance(output.type, (ir.TensorType, type(None))):
             return False
         read = [v for v in node.inputs if v is not None and v.const_value is not None]
+        if any(v.dtype is not None and v.dtype.bitwidth < 8 for v in read):
+            return False  # indices of a codebook: in bytes they would take what they are to save
         elements = sum(v.const_value.size for v in read if v.const_value is not None)
         if node.op_type in _HEAVY and elements > _HEAVY_ELEMENTS:
             return False

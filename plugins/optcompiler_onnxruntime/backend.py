@@ -65,7 +65,7 @@ class OnnxRuntimeBackend(Backend):
             any_port=True,
             float_outputs=frozenset({"MatMul", "Gemm"}),
             stored_weight_ops=frozenset({"MatMul"}),
-            emulated=frozenset({"w4a8", "w4a4", "fp8"}),
+            emulated=frozenset({"w4a8", "w4a4", "fp8", "codebook4", "codebook3"}),
         )
 
     def kernels(self, program: Program, target: Target) -> Sequence[Kernel]:
