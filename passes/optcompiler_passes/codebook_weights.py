@@ -229,7 +229,7 @@ class _Codebook:
         """Table, indices and scales, kept on the tensor: rewrites run many times in a search."""
         tensor = table_of(weight).const_value
         assert tensor is not None
-        digest = hashlib.sha256(np.ascontiguousarray(self.moments)).hexdigest()
+        digest = hashlib.sha256(self.moments.tobytes()).hexdigest()
         options = self.options
         key = f"optcompiler.codebook.{self.bits}.{options.table}.{options.block_size}.{digest}"
         known = tensor.meta.get(key)
