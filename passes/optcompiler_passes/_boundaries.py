@@ -14,6 +14,7 @@ from optcompiler.damage import nmse
 from optcompiler.executor import to_torch
 from optcompiler.program import Program, constant, shape_of
 from optcompiler.rewriting import PassContext
+from optcompiler_passes._likeness import likeness
 from optcompiler_passes._rescaling import is_rescaled
 from optcompiler_passes._samples import Samples
 
@@ -25,9 +26,7 @@ def boundaries(student: Program, teacher: Program) -> list[str]:
 
     Values whose channels `equalize` scaled are left out: the teacher's are others.
     """
-    shapes = {
-        str(v.name): (v.dtype, shape_of(v)) for n in teacher.graph for v in n.outputs if v.name
-    }
+    like = likeness(teacher)
     view = student.network()
     view.remove_nodes_from([n for n in view if isinstance(n, tuple) and n[0] == "weight"])
     sink = ("sink", "")
@@ -47,7 +46,7 @@ def boundaries(student: Program, teacher: Program) -> list[str]:
         value = node.outputs[0]
         if value.is_graph_output() or value.dtype != ir.DataType.FLOAT or is_rescaled(value):
             continue
-        if shapes.get(str(value.name)) == (value.dtype, shape_of(value)) and shape_of(value):
+        if shape_of(value) and like(value):
             found.append(str(value.name))
     return found
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from optcompiler.errors import InputError
-from optcompiler.program import Program, constant, shape_of
+from optcompiler.program import Program, constant
 from optcompiler.rewriting import Batch, Candidate, Decline, Declined, Pass, PassContext, Stage
+from optcompiler_passes._likeness import likeness
 from optcompiler_passes._linear import Linear, linear, per_channel
 from optcompiler_passes._qdq import quantized_source
 from optcompiler_passes._regions import is_op
@@ -75,9 +76,7 @@ class CorrectBias(Pass):
 
 def _layers(program: Program, teacher: Program) -> tuple[dict[str, Linear], list[Decline]]:
     """Layers to correct by the name of their results, of the program without its pairs."""
-    shapes = {
-        str(v.name): (v.dtype, shape_of(v)) for n in teacher.graph for v in n.outputs if v.name
-    }
+    like = likeness(teacher)
     found: dict[str, Linear] = {}
     declines: list[Decline] = []
     within: set[str] = set()
@@ -90,7 +89,7 @@ def _layers(program: Program, teacher: Program) -> tuple[dict[str, Linear], list
         result = node.outputs[0]
         if layer.bias is None:
             declines.append(Decline(name, "it has no bias", (name,)))
-        elif shapes.get(str(result.name)) != (result.dtype, shape_of(result)):
+        elif not like(result):
             declines.append(Decline(name, f"the teacher has no {result.name!r} like it", (name,)))
         else:
             found[str(result.name)] = layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from optcompiler.errors import Declined, InputError
 from optcompiler.program import Program, constant
 from optcompiler.rewriting import PassContext
 from optcompiler_passes import _reconstruction, _teaching
+from optcompiler_passes._boundaries import boundaries
 from optcompiler_passes._reconstruction import rectified, rounding_of
 from optcompiler_passes._units import units_of
 from optcompiler_passes.insert_qdq import InsertQdq
@@ -226,3 +228,22 @@ def test_options_are_checked():
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             Reconstruct(**options)
+
+
+def test_sizes_that_inference_names_anew_are_no_difference():
+    """A Reshape to -1 along the batch gets a size of another name in each program."""
+    teacher = filled_program(
+        """<ir_version: 10, opset_import: ["": 21]>
+        g (float[n,4,6] x) => (float[n,4,6] y)
+        <float[6,6] w, float[6,6] v, int64[3] flat = {-1, 4, 6}> {
+          h = MatMul(x, w) r = Relu(h) f = Reshape(r, flat) k = MatMul(f, v) y = Tanh(k)
+        }"""
+    )
+    student = teacher.clone()
+    for program, size in ((teacher, "unk__2"), (student, "unk__7")):
+        for name in ("f", "k"):
+            value = program.value(name)
+            value.shape = ir.Shape([size, 4, 6])
+    assert boundaries(student, teacher) == ["h", "r", "f", "k"]
+    student.value("k").shape = ir.Shape(["unk__7", 4, 5])
+    assert boundaries(student, teacher) == ["h", "r", "f"]
