@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick fuzz hostile conformance coverage mutants check format benchmark peers clean
+.PHONY: demo test quick fuzz hostile conformance coverage mutants check format benchmark peers quality clean
 
 demo: $(VENV)/.installed ## train a small CNN on digits, compile it for cpu and onnxruntime, print the table
 	$(BIN)/python examples/digits.py
@@ -48,6 +48,11 @@ benchmark: $(VENV)/.installed ## the table of docs/benchmarks.md (needs the benc
 peers: $(VENV)/.installed ## latency of cpu beside ONNX Runtime, OpenVINO and torch.compile: hours; see its options
 	$(BIN)/pip install -q -c constraints.txt -e '.[benchmark,peers]'
 	$(BIN)/python benchmarks/cpu.py
+
+quality: $(VENV)/.installed ## what low precision loses, beside the peers; trains the models first: many hours
+	$(BIN)/pip install -q -c constraints.txt -e '.[benchmark,peers]'
+	$(BIN)/python -m benchmarks.zoo
+	$(BIN)/python -m benchmarks.quality
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
