@@ -16,7 +16,7 @@ from optcompiler.pipeline import resolve
 from optcompiler_onnxruntime.backend import MODEL, OnnxRuntimeBackend
 
 PRECISIONS = {"w8a8": "int8", "w4a8": "w4a8", "w4a4": "w4a4", "w4": "int4"}
-TUNING = ("equalize", "round-weights", "correct-bias", "reconstruct", "distill")
+TUNING = ("equalize", "correct-bias", "reconstruct", "distill")
 VARIANTS = ("min-max", "mse", *TUNING)
 """Pipelines by their last step: each holds all before it."""
 

@@ -44,7 +44,7 @@ class CorrectBias(Pass):
 
     name: ClassVar[str] = "correct-bias"
     stage: ClassVar[Stage] = Stage.TUNE
-    after: ClassVar[tuple[str, ...]] = ("equalize", "round-weights")
+    after: ClassVar[tuple[str, ...]] = ("equalize",)
     summary: ClassVar[str] = "take the mean errors of quantisation out of the biases"
     time_limit_s: ClassVar[float] = math.inf
 

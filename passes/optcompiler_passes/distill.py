@@ -50,7 +50,7 @@ class Distill(Pass):
 
     name: ClassVar[str] = "distill"
     stage: ClassVar[Stage] = Stage.TUNE
-    after: ClassVar[tuple[str, ...]] = ("equalize", "round-weights", "correct-bias", "reconstruct")
+    after: ClassVar[tuple[str, ...]] = ("equalize", "correct-bias", "reconstruct")
     summary: ClassVar[str] = "recover accuracy by distillation from the original model"
     time_limit_s: ClassVar[float] = math.inf
 

@@ -55,7 +55,7 @@ class Reconstruct(Pass):
 
     name: ClassVar[str] = "reconstruct"
     stage: ClassVar[Stage] = Stage.TUNE
-    after: ClassVar[tuple[str, ...]] = ("equalize", "round-weights", "correct-bias")
+    after: ClassVar[tuple[str, ...]] = ("equalize", "correct-bias")
     summary: ClassVar[str] = "learn rounding and scales block by block from the original model"
     time_limit_s: ClassVar[float] = math.inf
 
