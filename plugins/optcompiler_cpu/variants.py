@@ -58,6 +58,7 @@ def variants_of(step: Step, isa: Isa) -> list[str]:
         for method in _methods(step, isa)
         for width in range(tiling.widest, 0, -1)
         if width <= -(-_columns(step) // isa.lanes)
+        and (method != "short" or can_be_short(step, narrowed(isa, width)))
     ]
     # tiles of one width that come out the same are one kernel
     by_blocks = {(n.split()[0], _blocks(step, isa, n)): n for n in reversed(names)}

@@ -20,7 +20,7 @@ GRAPHS = 500
 SEEDS = (32, 132)
 OFTEN = {
     "simplify": 100, "fuse-operators": 100, "fold-batchnorm": 25, "prune-dead-channels": 15,
-    "pack-weights": 10, "move-integers": 8,
+    "pack-weights": 10, "move-integers": 8, "unify-caps": 0,
 }  # fmt: skip
 """In how many of the graphs each pass takes a candidate, at least."""
 
