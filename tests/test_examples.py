@@ -46,6 +46,6 @@ def test_digits(tmp_path: Path) -> None:
         tried = [r for r in ledger if r["pass_name"] == "insert-qdq" and r["outcome"] != "declined"]
         assert tried
         # integers are no gain on every processor (without VNNI they are not), and then not taken
-        slow = {r["reason"] for r in tried} == {"predicted no faster"}
-        assert "insert-qdq" in taken or slow
-    assert len(re.findall(r"metric drop", done.stdout)) == 2
+        slow = all(r["reason"].startswith("predicted no faster") for r in tried)
+        assert "insert-qdq" in taken or slow, {r["reason"] for r in tried}
+    assert len(re.findall(r"(?m)^metric drop ", done.stdout)) == 2
